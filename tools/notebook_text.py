@@ -1,10 +1,11 @@
-"""Edit a notebook as plain text: `open` writes .nbwork/<path>.py (jupytext percent format), `save` brings it back.
+"""Edit a notebook as plain text: `open` writes .nbwork/<path>.py, `save` brings it back.
 
     python tools/notebook_text.py open nbs/core/00_errors.ipynb
     $EDITOR .nbwork/nbs/core/00_errors.py
     python tools/notebook_text.py save nbs/core/00_errors.ipynb
 
-`save` keeps the ids of cells that still match, cleans the notebook, formats it with ruff and exports its module.
+The text is jupytext's percent format. `save` keeps the ids of cells that still match, cleans the
+notebook, formats it with ruff and exports its module.
 A path that does not exist yet becomes a new notebook.
 """
 
@@ -21,7 +22,10 @@ from nbdev.config import get_config
 from nbdev.export import nb_export
 
 ROOT = Path(__file__).resolve().parent.parent
-METADATA = {"language_info": {"name": "python"}, "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+METADATA = {
+    "language_info": {"name": "python"},
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+}
 
 
 def text_path(notebook: Path) -> Path:
@@ -38,7 +42,7 @@ def open_text(notebook: Path) -> None:
 
 
 def keep_cell_ids(fresh: nbformat.NotebookNode, old: nbformat.NotebookNode) -> None:
-    """Give each cell the id of the old cell with the same text, or else of the old cell in the same gap."""
+    """Give each cell the id of the old cell with the same text, or else with the same beginning."""
     by_source: dict[tuple[str, str], list[str]] = {}
     for cell in old.cells:
         by_source.setdefault((cell.cell_type, cell.source), []).append(cell.id)
@@ -53,8 +57,15 @@ def keep_cell_ids(fresh: nbformat.NotebookNode, old: nbformat.NotebookNode) -> N
             open_cells.append(cell)
     spare = [cell for cell in old.cells if cell.id not in used]
     for cell in open_cells:
-        match = next((s for s in spare if s.cell_type == cell.cell_type and
-                      s.source.split("\n")[:2] == cell.source.split("\n")[:2]), None)
+        match = next(
+            (
+                s
+                for s in spare
+                if s.cell_type == cell.cell_type
+                and s.source.split("\n")[:2] == cell.source.split("\n")[:2]
+            ),
+            None,
+        )
         if match is not None:
             cell.id = match.id
             spare.remove(match)
@@ -71,18 +82,26 @@ def save_text(notebook: Path) -> None:
         keep_cell_ids(fresh, nbformat.read(notebook, as_version=4))
     notebook.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(fresh, notebook)
-    subprocess.run([sys.executable, "-m", "ruff", "format", "-q", str(notebook)], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-m", "ruff", "format", "-q", str(notebook)], check=True, cwd=ROOT
+    )
     nb = read_nb(notebook)
     clean_nb(nb, allowed_cell_metadata_keys=["tags"])
     write_nb(nb, notebook)
     parts = notebook.resolve().relative_to(ROOT).parts
-    if parts[0] == "nbs" and parts[1] not in ("stages", "tutorials") and notebook.name != "index.ipynb":
+    if (
+        parts[0] == "nbs"
+        and parts[1] not in ("stages", "tutorials")
+        and notebook.name != "index.ipynb"
+    ):
         nb_export(str(notebook), lib_path=str(get_config().lib_path))
     print(f"saved {notebook}")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("verb", choices=["open", "save"])
     parser.add_argument("notebooks", nargs="+", type=Path)
     arguments = parser.parse_args()
