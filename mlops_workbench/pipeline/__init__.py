@@ -1,0 +1,1 @@
+"""Stages as notebooks: their contract, runner, records and warm kernels."""
