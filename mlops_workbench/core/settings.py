@@ -39,6 +39,7 @@ class WorkspaceSettings(SettingsSection):
     recipe: str = Field(default="flights", min_length=1)
     state: str = Field(default=".mwb", min_length=1)
     runs: str = Field(default="runs", min_length=1)
+    ledger: str = ""
 
 # %% ../../nbs/core/03_settings.ipynb #ab39e521
 class DataSettings(SettingsSection):
