@@ -203,6 +203,7 @@ def create_workspace(
     recipe: str = "flights",
     settings: Mapping[str, object] | None = None,  # "section.key" -> value other than the default
     files: Mapping[str, str] | None = None,  # more files of the first commit: path -> text
+    own_recipe: tuple[str, float] | None = None,  # its name, share of its most frequent label
 ) -> Workspace:
     """Make a workspace: settings.ini, .gitignore, git with a first commit; nothing is overwritten.
 
@@ -212,7 +213,9 @@ def create_workspace(
     from mlops_workbench.core.template import settings_template
 
     folder = Path(folder).resolve()
-    text = settings_template(name=name or _name_of(folder), recipe=recipe, values=settings)
+    text = settings_template(
+        name=name or _name_of(folder), recipe=recipe, values=settings, own=own_recipe
+    )
     written = {SETTINGS_FILE: text, **(files or {})}
     existing = [file for file in written if (folder / file).exists()]
     if existing:
