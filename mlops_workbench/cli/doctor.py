@@ -173,7 +173,7 @@ def check_gpu() -> Check:
         return Check("NVML", "optional", shorten(str(error)), "optional", advice)
     return Check("NVML", "ok", ", ".join(names) or "no GPU", "optional")
 
-# %% ../../nbs/cli/04_doctor.ipynb #1b1a34f6
+# %% ../../nbs/cli/04_doctor.ipynb #a5d2f483
 NETWORK_DISKS = (
     "nfs",
     "nfs4",

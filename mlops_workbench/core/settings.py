@@ -6,7 +6,7 @@
 __all__ = ['SETTINGS_FILE', 'Layer', 'FIXED_SECTIONS', 'NAMED_SECTIONS', 'FLAGS_VARIABLE', 'OTHER_VARIABLES', 'SettingsSection',
            'WorkspaceSettings', 'DataSettings', 'ExperimentSettings', 'PipelineSettings', 'ReleaseSettings',
            'ServingSettings', 'MonitoringSettings', 'UpdateSettings', 'PagesSettings', 'NotifySettings', 'GateSettings',
-           'AlertRule', 'Settings', 'find_workspace', 'Origin', 'read_settings_file', 'section_keys',
+           'AlertRule', 'Settings', 'find_workspace', 'Origin', 'section_keys', 'read_settings_file',
            'read_environment', 'read_overrides', 'check_names', 'merge_layers', 'load_settings', 'setting_origins']
 
 # %% ../../nbs/core/03_settings.ipynb #2e099a16
@@ -197,47 +197,6 @@ class Origin:
 
 # %% ../../nbs/core/03_settings.ipynb #f0d8bbc4
 Layer = dict[tuple[str, str], tuple[str, str]]  # (section, key) -> (value, origin)
-
-# %% ../../nbs/core/03_settings.ipynb #f6d10249
-def read_settings_file(path: Path) -> Layer:
-    """The values of a settings file with the line each stands on; raises SettingsError."""
-    parser = configparser.ConfigParser(
-        interpolation=None,
-        inline_comment_prefixes=(";",),
-        comment_prefixes=(";", "#"),
-        default_section="no section is shared",
-        delimiters=("=",),
-        empty_lines_in_values=False,
-    )
-    try:
-        text = path.read_text(encoding="utf-8")
-        parser.read_string(text, source=str(path))
-    except (configparser.Error, UnicodeDecodeError, OSError) as error:
-        detail = " ".join(str(error).split())
-        raise SettingsError(
-            f"expected sections and `key = value` lines in {path}, found: {detail}; correct the file"
-        ) from error
-    lines = _line_numbers(text)
-    layer: Layer = {}
-    for section in parser.sections():
-        for key, value in parser.items(section):
-            origin = f"{path.name}:{lines.get((section, key), '?')}"
-            layer[section, key] = (value, origin)
-    return layer
-
-# %% ../../nbs/core/03_settings.ipynb #6143b062
-def _line_numbers(text: str) -> dict[tuple[str, str], int]:
-    """The line number of each (section, key) in the text of a settings file."""
-    section, found = "", {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        stripped = line.strip()
-        if stripped.startswith("["):
-            section = stripped[1 : stripped.find("]")]
-        elif "=" in stripped and not stripped.startswith((";", "#")) and not line[:1].isspace():
-            found[section, stripped.split("=", 1)[0].strip().lower()] = number
-    return found
-
-# %% ../../nbs/core/03_settings.ipynb #abc57e97
 FIXED_SECTIONS: tuple[str, ...] = (
     "workspace",
     "data",
@@ -265,6 +224,63 @@ def section_keys(section: str) -> tuple[str, ...] | None:
     if name and head in NAMED_SECTIONS:
         return tuple(NAMED_SECTIONS[head].model_fields)
     return ("maximum_attempts",) if section == "notify" else None
+
+# %% ../../nbs/core/03_settings.ipynb #8cd27d8a
+def _nearest(name: str, choices: list[str] | tuple[str, ...]) -> str:
+    """Advice that names the nearest choice, or all of them when none is near."""
+    near = get_close_matches(name, choices, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else "known are: " + ", ".join(choices)
+
+# %% ../../nbs/core/03_settings.ipynb #69743940
+def _check_section(section: str, origin: str) -> tuple[str, ...]:
+    """The keys of a section; raises SettingsError when there is no such section."""
+    known = section_keys(section)
+    if known is None:
+        choices = [*FIXED_SECTIONS, "notify", "gates.<recipe>", "alert.<name>"]
+        raise SettingsError(f"unknown section [{section}] ({origin}); {_nearest(section, choices)}")
+    return known
+
+# %% ../../nbs/core/03_settings.ipynb #f6d10249
+def read_settings_file(path: Path) -> Layer:
+    """The values of a settings file with the line each stands on; raises SettingsError."""
+    parser = configparser.ConfigParser(
+        interpolation=None,
+        inline_comment_prefixes=(";",),
+        comment_prefixes=(";", "#"),
+        default_section="no section is shared",
+        delimiters=("=",),
+        empty_lines_in_values=False,
+    )
+    try:
+        text = path.read_text(encoding="utf-8")
+        parser.read_string(text, source=str(path))
+    except (configparser.Error, UnicodeDecodeError, OSError) as error:
+        detail = " ".join(str(error).split())
+        raise SettingsError(
+            f"expected sections and `key = value` lines in {path}, found: {detail}; correct the file"
+        ) from error
+    lines = _line_numbers(text)
+    layer: Layer = {}
+    for section in parser.sections():
+        _check_section(section, path.name)
+        if "." in section and not parser.options(section):
+            raise SettingsError(f"section [{section}] ({path.name}) is empty; fill or remove it")
+        for key, value in parser.items(section):
+            origin = f"{path.name}:{lines.get((section, key), '?')}"
+            layer[section, key] = (value, origin)
+    return layer
+
+# %% ../../nbs/core/03_settings.ipynb #6143b062
+def _line_numbers(text: str) -> dict[tuple[str, str], int]:
+    """The line number of each (section, key) in the text of a settings file."""
+    section, found = "", {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        stripped = line.strip()
+        if stripped.startswith("["):
+            section = stripped[1 : stripped.find("]")]
+        elif "=" in stripped and not stripped.startswith((";", "#")) and not line[:1].isspace():
+            found[section, stripped.split("=", 1)[0].strip().lower()] = number
+    return found
 
 # %% ../../nbs/core/03_settings.ipynb #b9632a44
 def read_environment(environ: Mapping[str, str], named_sections: set[str]) -> Layer:
@@ -300,22 +316,11 @@ def read_overrides(overrides: Mapping[str, str]) -> Layer:
 def check_names(layer: Layer) -> None:
     """Raise SettingsError for the first unknown section or key, naming the nearest known one."""
     for (section, key), (_, origin) in layer.items():
-        known = section_keys(section)
-        if known is None:
-            choices = [*FIXED_SECTIONS, "notify", "gates.<recipe>", "alert.<name>"]
-            raise SettingsError(
-                f"unknown section [{section}] ({origin}); {_nearest(section, choices)}"
-            )
+        known = _check_section(section, origin)
         if section != "notify" and key not in known:
             raise SettingsError(
                 f"unknown key {shorten(key)} in section [{section}] ({origin}); {_nearest(key, known)}"
             )
-
-# %% ../../nbs/core/03_settings.ipynb #8cd27d8a
-def _nearest(name: str, choices: list[str] | tuple[str, ...]) -> str:
-    """Advice that names the nearest choice, or all of them when none is near."""
-    near = get_close_matches(name, choices, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else "known are: " + ", ".join(choices)
 
 # %% ../../nbs/core/03_settings.ipynb #c4947825
 def _inherited_flags(environ: Mapping[str, str]) -> dict[str, str]:
