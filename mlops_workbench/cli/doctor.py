@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Status', 'VERSION_FLOORS', 'PYTHON_FLOOR', 'PYTHON_CEILING', 'NETWORK_DISKS', 'Check', 'check_python',
            'check_package', 'check_packages', 'installed_version', 'find_program', 'check_program', 'check_programs',
-           'check_gpu', 'disk_kind', 'check_state', 'check_ledger', 'check_port', 'check_secrets', 'check_workspace',
-           'all_checks', 'doctor']
+           'check_gpu', 'disk_kind', 'check_state', 'check_ledger', 'check_port', 'server_answer', 'check_secrets',
+           'check_workspace', 'all_checks', 'doctor']
 
 # %% ../../nbs/cli/04_doctor.ipynb #0ada871a
 import os
@@ -173,7 +173,7 @@ def check_gpu() -> Check:
         return Check("NVML", "optional", shorten(str(error)), "optional", advice)
     return Check("NVML", "ok", ", ".join(names) or "no GPU", "optional")
 
-# %% ../../nbs/cli/04_doctor.ipynb #a5d2f483
+# %% ../../nbs/cli/04_doctor.ipynb #d6e06e8c
 NETWORK_DISKS = (
     "nfs",
     "nfs4",
@@ -247,25 +247,27 @@ def check_port(section: str, host: str, port: int) -> Check:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
-        if section == "serving" and _is_our_server(host, port):
+        if section == "serving" and server_answer(host, port) is not None:
             return Check(what, "ok", "our server answers there", needed)
         advice = f"end that program, or set [{section}] port in settings.ini (0: any free port)"
         return Check(what, "taken", error.strerror or str(error), needed, advice)
     return Check(what, "ok", "free", needed)
 
-# %% ../../nbs/cli/04_doctor.ipynb #8f300ffb
-def _is_our_server(host: str, port: int) -> bool:
-    """True when the program behind a port answers as the prediction server does."""
+# %% ../../nbs/cli/04_doctor.ipynb #2ab86908
+def server_answer(host: str, port: int) -> bool | None:
+    """Whether the prediction server on a port is ready; None when no such server answers there."""
+    import json
     from http.client import HTTPConnection, HTTPException
 
     connection = HTTPConnection(host, port, timeout=2)
     try:
-        connection.request("GET", "/metrics")
-        return b"mwb_" in connection.getresponse().read(200_000)
-    except (OSError, HTTPException):
-        return False
+        connection.request("GET", "/ready")
+        answer = json.loads(connection.getresponse().read(1000))
+    except (OSError, HTTPException, ValueError):
+        return None
     finally:
         connection.close()
+    return answer["ready"] is True if isinstance(answer, dict) and "ready" in answer else None
 
 # %% ../../nbs/cli/04_doctor.ipynb #69be5e7a
 def check_secrets(workspace: Workspace) -> Iterator[Check]:

@@ -236,8 +236,11 @@ def _check_section(section: str, origin: str) -> tuple[str, ...]:
     """The keys of a section; raises SettingsError when there is no such section."""
     known = section_keys(section)
     if known is None:
-        choices = [*FIXED_SECTIONS, "notify", "gates.<recipe>", "alert.<name>"]
-        raise SettingsError(f"unknown section [{section}] ({origin}); {_nearest(section, choices)}")
+        open_sections = {"gates": "gates.<recipe>", "alert": "alert.<name>"}
+        advice = _nearest(section.partition(".")[0], [*FIXED_SECTIONS, "notify", *open_sections])
+        for head, written in open_sections.items():
+            advice = advice.replace(head, written)
+        raise SettingsError(f"unknown section [{section}] ({origin}); {advice}")
     return known
 
 # %% ../../nbs/core/03_settings.ipynb #f6d10249
@@ -365,15 +368,16 @@ def _nested(layer: Layer) -> dict[str, Any]:
 def _explain(error: ValidationError, layer: Layer) -> str:
     """The first problem of a validation as one line: which key, what was expected, found and where."""
     problem = error.errors(include_url=False)[0]
+    expected = problem["msg"][:1].lower() + problem["msg"][1:]
     location = [str(part) for part in problem["loc"]]
     section, key = ".".join(location[:-1]), location[-1]
     if location[0] == "alerts":
         section = ".".join(["alert", *location[1:-1]])
     if (section, key) not in layer:
-        return f"section [{section}]: {problem['msg'].lower()}: {key!r}; add the line `{key} = ...`"
+        return f"section [{section}]: {expected}: {key!r}; add the line `{key} = ...`"
     _, origin = layer[section, key]
     found = "" if key in ("token",) else f", found {shorten(problem['input'])}"
-    return f"{section}.{key}: {problem['msg'].lower()}{found} ({origin}); correct the value"
+    return f"{section}.{key}: {expected}{found} ({origin}); correct the value"
 
 # %% ../../nbs/core/03_settings.ipynb #be6e920f
 def load_settings(

@@ -181,7 +181,7 @@ def _replace_line(lines: list[str], section: str, key: str, value: str) -> None:
         match = re.match(rf"{re.escape(key)}\s*=[^;]*?(\s;.*)?$", lines[number])
         if match:
             comment = (match[1] or "").strip()
-            lines[number] = f"{f'{key} = {value}':<38}{comment}".rstrip()
+            lines[number] = f"{f'{key} = {value}':<37} {comment}".rstrip()
             return
     while end > start + 1 and not lines[end - 1].strip():
         end -= 1
