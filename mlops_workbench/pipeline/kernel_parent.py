@@ -93,7 +93,7 @@ def _thread_names() -> list[str]:
             names.append((task / "comm").read_text().strip())
     return names
 
-# %% ../../nbs/pipeline/01_kernel_parent.ipynb #174b2da2
+# %% ../../nbs/pipeline/01_kernel_parent.ipynb #11156fca
 def send_message(
     connection: socket.socket, message: dict[str, Any], descriptors: tuple[int, ...] = ()
 ) -> None:
@@ -191,7 +191,10 @@ class Parent:
         self.socket_path, self.key, self.idle_seconds = socket_path, key, idle_seconds
         self.environment = environment  # as it was before PARENT_SETS
         self.started = self.last_use = time.time()
-        self.children: dict[int, socket.socket] = {}
+        self.children: dict[
+            int, socket.socket | None
+        ] = {}  # None: the caller is gone and the child may go on
+        self.outliving: set[int] = set()
         self.forks = 0
         self.reason = ""  # why no more children are made
         self.stopping = False
@@ -225,7 +228,7 @@ class Parent:
     def serve(self) -> None:
         """Work until stopped or idle, and until the last child has ended."""
         while self.children or not self.finished():
-            waiting: list[Any] = [self.listener, self.waker, *self.children.values()]
+            waiting: list[Any] = [self.listener, self.waker, *filter(None, self.children.values())]
             wait_seconds = 0.0 if self.pending and not self.reason else TICK_SECONDS
             ready, _, _ = select.select(waiting, [], [], wait_seconds)
             if self.waker in ready:
@@ -233,7 +236,7 @@ class Parent:
                     os.read(self.waker, 1 << 12)
             self.reap()
             for pid, connection in list(self.children.items()):
-                if connection in ready:
+                if connection is not None and connection in ready:
                     self.caller_has_gone(pid, connection)
             if self.listener in ready:
                 self.answer()
@@ -256,6 +259,7 @@ class Parent:
             if pid == 0:
                 return
             connection = self.children.pop(pid, None)
+            self.outliving.discard(pid)
             if connection is not None:
                 with contextlib.suppress(OSError):
                     send_message(connection, {"exit": os.waitstatus_to_exitcode(status)})
@@ -267,6 +271,10 @@ class Parent:
         with contextlib.suppress(OSError):
             if connection.recv(1, socket.MSG_DONTWAIT):
                 return
+        if pid in self.outliving:
+            connection.close()
+            self.children[pid] = None
+            return
         for end in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError):
                 end(pid, signal.SIGKILL)
@@ -317,6 +325,8 @@ class Parent:
                 run_and_leave(request["module"], request["arguments"])
             os._exit(1)
         self.children[pid] = connection
+        if request.get("outlive"):
+            self.outliving.add(pid)
         self.forks += 1
         send_message(connection, {"pid": pid})
         connection.setblocking(True)

@@ -28,7 +28,7 @@ from ..core.files import digest_of, file_lock, sha256_file
 from . import kernel_parent
 from .kernel_parent import PARENT_SETS, receive_message, send_message
 
-# %% ../../nbs/pipeline/03_kernels.ipynb #afcd650c
+# %% ../../nbs/pipeline/03_kernels.ipynb #337d3a83
 PRELOAD_FIRST = (
     "torch",
     "mlflow",
@@ -298,7 +298,8 @@ def fork_module(
     *,
     cwd: Path | str,
     environment: Mapping[str, str],
-    streams: tuple[int, int] | None = None,  # output and errors; default: where this process writes
+    streams: tuple[int, int, int] | None = None,  # default: no input, and where this process writes
+    outlive: bool = False,  # the child goes on when this process dies, to put things in order
 ) -> ForkedProcess:
     """A new child of the parent behind a socket; raises StageError with the reason when it is refused."""
     request: dict[str, Any] = {
@@ -308,12 +309,13 @@ def fork_module(
         "cwd": str(cwd),
         "environment": dict(environment),
     }
+    request["outlive"] = outlive
     request["umask"] = os.umask(0o077)
     os.umask(request["umask"])
     try:
         connection = connect(socket_path)
         with Path(os.devnull).open("rb") as nothing:
-            send_message(connection, request, (nothing.fileno(), *(streams or (1, 2))))
+            send_message(connection, request, streams or (nothing.fileno(), 1, 2))
         answer, _ = receive_message(connection)
     except (OSError, ValueError) as error:
         raise StageError(

@@ -31,7 +31,7 @@ def module_of(command: list[str]) -> tuple[str, list[str]] | None:
         return command[2], command[3:]
     return None
 
-# %% ../../nbs/pipeline/04_provisioner.ipynb #83957d73
+# %% ../../nbs/pipeline/04_provisioner.ipynb #205621e7
 def fork_kernel(
     command: list[str], cwd: Path, environment: dict[str, str], streams: tuple[int, int] | None
 ) -> ForkedProcess:
@@ -47,7 +47,11 @@ def fork_kernel(
         workspace.kernels, parent_key(workspace.root), idle_seconds=settings.kernel_idle_seconds
     )
     warm = {**environment, ORIGIN_VARIABLE: "warm"}
-    return fork_module(socket_path, found[0], found[1], cwd=cwd, environment=warm, streams=streams)
+    with Path(os.devnull).open("rb") as nothing:
+        three = (nothing.fileno(), *(streams or (1, 2)))
+        return fork_module(
+            socket_path, found[0], found[1], cwd=cwd, environment=warm, streams=three
+        )
 
 # %% ../../nbs/pipeline/04_provisioner.ipynb #dae44ce4
 class WarmProvisioner(LocalProvisioner):
