@@ -1,0 +1,1 @@
+"""Runs and what they record: journals, MLflow, hardware use, provenance, training, trials, comparison."""
