@@ -22,6 +22,7 @@ from mlops_workbench.core.features import Feature, FeatureSchema
 from mlops_workbench.core.files import sha256_file, write_json
 from mlops_workbench.core.journal import read_journal
 from mlops_workbench.core.pointer import Pointer, SlotEntry, write_pointer
+from mlops_workbench.core.workspace import Workspace
 
 CARRIERS = ("AA", "B6", "DL", "UA")
 ORIGINS = ("EWR", "JFK", "LGA")
@@ -84,9 +85,7 @@ def late_model(bias: float = 0.0, *, nan: bool = False, classes: int = 2) -> byt
         helper.make_node("Gather", ["categories", "column_1"], ["origin"], axis=1),
         helper.make_node("Gather", ["carrier_table", "carrier"], ["from_carrier"], axis=0),
         helper.make_node("Gather", ["origin_table", "origin"], ["from_origin"], axis=0),
-        helper.make_node(
-            "Sum", ["from_numbers", "from_carrier", "from_origin", "bias"], ["logits"]
-        ),
+        helper.make_node("Sum", [*parts, "bias"], ["logits"]),
         helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
     ]
     graph = helper.make_graph(
@@ -286,3 +285,12 @@ def logged(predictions: Path, kind: str = "prediction") -> list[dict[str, Any]]:
         assert not page.damaged, f"damaged lines in {segment}: {page.damaged}"
         records += [record for record in page.records if record["kind"] == kind]
     return records
+
+
+def make_workspace(root: Path, **serving_settings: object) -> Workspace:
+    """A workspace with nothing in it but settings, which is all that a server needs."""
+    root.mkdir(parents=True, exist_ok=True)
+    lines = ["[workspace]", "name = serving-test", "[serving]"]
+    lines += [f"{name} = {value}" for name, value in serving_settings.items()]
+    (root / "settings.ini").write_text("\n".join(lines) + "\n")
+    return Workspace.open(root)
