@@ -65,7 +65,8 @@ def verify(workspace: Path | None, as_json: bool) -> int:
         ]
         print_table(table, False)
         click.echo(
-            f"{len(report.problems)} problems in {report.records} records; compare them with a backup",
+            f"problems: {len(report.problems)} in {report.records} records; "
+            "compare them with a backup",
             err=True,
         )
     return 0 if report.ok else 1
