@@ -1,0 +1,1 @@
+"""The recipe protocol, the shipped recipes (flights, pictures) and what tables share."""
