@@ -164,6 +164,10 @@ class ParameterSchema:
             f"found {_safe_repr(name)}; declare it in the cell tagged 'parameters' or leave it out"
         )
 
+    def check_one(self, name: str, value: object) -> JsonValue:
+        """One value as its parameter stores it; raises StageParameterError."""
+        return fit(self.get(name), value)
+
     def check(
         self,
         values: Mapping[str, Any],  # what was asked for; the rest takes its default

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['SETTINGS_READ_BY_STAGES', 'NO_CODE', 'DATA_PARAMETER', 'workspace_code', 'library_folder', 'code_digest',
-           'data_digest', 'upstream_runs', 'reuse_key']
+           'data_reference', 'upstream_runs', 'reuse_key']
 
 # %% ../../nbs/pipeline/10_reuse.ipynb #a450904d
 import os
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..core.errors import StageError
+from ..core.errors import StageError, WorkbenchError
 from ..core.files import digest_of, sha256_file
 from ..core.workspace import Workspace
 from ..experiment.provenance import library_digest, recipe_digest
@@ -21,6 +21,9 @@ from .contract import JsonValue
 from .cycles import Cycle, finished_run
 from .manifest import Manifest
 from .notebooks import StageNotebook
+
+if TYPE_CHECKING:
+    from mlops_workbench.data.versions import DataVersion
 
 # %% ../../nbs/pipeline/10_reuse.ipynb #b194d4f0
 SETTINGS_READ_BY_STAGES = ("workspace", "data", "release", "gates", "update")
@@ -81,21 +84,34 @@ def code_digest(workspace: Workspace) -> str:
         }
     )
 
-# %% ../../nbs/pipeline/10_reuse.ipynb #061c4086
-def data_digest(workspace: Workspace, parameters: Mapping[str, JsonValue]) -> str:
-    """The digest of the data version that the parameter `data` names; empty when a stage has none, or names one yet to be made."""
+# %% ../../nbs/pipeline/10_reuse.ipynb #38233d5e
+def data_reference(
+    workspace: Workspace,
+    parameters: Mapping[str, JsonValue],
+    upstream: Mapping[str, Manifest],
+) -> str:
+    """The data version that a run with these inputs stands on, such as flights@v1.0; empty when there is none yet."""
     reference = parameters.get(DATA_PARAMETER)
-    if not isinstance(reference, str) or not reference:
-        return ""
-    from mlops_workbench.core.errors import WorkbenchError
+    if isinstance(reference, str) and reference:
+        version = _resolve(workspace, reference)
+        return version.ref if version is not None else ""
+    return next(
+        (manifest.data_version for manifest in upstream.values() if manifest.data_version), ""
+    )
+
+# %% ../../nbs/pipeline/10_reuse.ipynb #fefd537c
+def _resolve(workspace: Workspace, reference: str) -> "DataVersion | None":
+    """The data version of this name, or None when there is none."""
+    if not (workspace.root / "data").is_dir():
+        return None
     from mlops_workbench.data.versions import DataStore
 
     try:
-        return str(DataStore(workspace).resolve(reference).digest)
+        return DataStore(workspace).resolve(reference)
     except WorkbenchError:
-        return ""
+        return None
 
-# %% ../../nbs/pipeline/10_reuse.ipynb #4fbed04b
+# %% ../../nbs/pipeline/10_reuse.ipynb #0c18cd0e
 def upstream_runs(
     workspace: Workspace, cycle: Cycle | None, stage: StageNotebook
 ) -> dict[str, Manifest]:
@@ -122,6 +138,9 @@ def reuse_key(
     code: str,  # as code_digest gives it
 ) -> str:
     """The key of a run with these inputs."""
+    reference = parameters.get(DATA_PARAMETER)
+    version = _resolve(workspace, reference) if isinstance(reference, str) and reference else None
+    data_digest = version.digest if version is not None else ""
     read: dict[str, Any] = {
         name: {
             "outputs": {output: file.sha256 for output, file in manifest.outputs.items()},
@@ -137,7 +156,7 @@ def reuse_key(
             "notebook": stage.digest,
             "code": code,
             "parameters": dict(parameters),
-            "data": data_digest(workspace, parameters),
+            "data": data_digest,
             "upstream": read,
         }
     )
