@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,6 +203,7 @@ def create_workspace(
     recipe: str = "flights",
     settings: Mapping[str, object] | None = None,  # "section.key" -> value other than the default
     files: Mapping[str, str] | None = None,  # more files of the first commit: path -> text
+    ignored: Sequence[str] = (),  # more lines for .gitignore
     own_recipe: tuple[str, float] | None = None,  # its name, share of its most frequent label
 ) -> Workspace:
     """Make a workspace: settings.ini, .gitignore, git with a first commit; nothing is overwritten.
@@ -225,7 +226,7 @@ def create_workspace(
         )
     known_folder, known_git = folder.exists(), (folder / ".git").exists()
     try:
-        return _write_workspace(folder, written)
+        return _write_workspace(folder, written, ignored)
     except BaseException:
         for file in written:
             (folder / file).unlink(missing_ok=True)
@@ -241,8 +242,8 @@ def _name_of(folder: Path) -> str:
     kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in folder.name)
     return kept.strip("-._") or "workspace"
 
-# %% ../../nbs/core/04_workspace.ipynb #974643f4
-def _write_workspace(folder: Path, written: Mapping[str, str]) -> Workspace:
+# %% ../../nbs/core/04_workspace.ipynb #0336aff3
+def _write_workspace(folder: Path, written: Mapping[str, str], ignored: Sequence[str]) -> Workspace:
     """Write the files, check the settings, commit."""
     folder.mkdir(parents=True, exist_ok=True)
     for file, text in written.items():
@@ -252,7 +253,8 @@ def _write_workspace(folder: Path, written: Mapping[str, str]) -> Workspace:
     committed = list(written)
     if not (folder / ".gitignore").exists():
         chosen = workspace.settings.workspace
-        write_atomic(folder / ".gitignore", GITIGNORE.format(state=chosen.state, runs=chosen.runs))
+        text = GITIGNORE.format(state=chosen.state, runs=chosen.runs)
+        write_atomic(folder / ".gitignore", text + "".join(f"{line}\n" for line in ignored))
         committed.append(".gitignore")
     if not (folder / ".git").exists():
         run_git(folder, "init", "--quiet", "--initial-branch", "main")
