@@ -17,7 +17,13 @@ OPEN = "from mlops_workbench.pipeline.stage import open_stage"
 def cell(source: str, *tags: str, kind: str = "code") -> dict[str, Any]:
     """One cell of a notebook."""
     extra: dict[str, Any] = {"outputs": [], "execution_count": None} if kind == "code" else {}
-    return {"cell_type": kind, "id": f"c{abs(hash(source)) % 10**8}", "metadata": {"tags": list(tags)}, "source": source, **extra}
+    return {
+        "cell_type": kind,
+        "id": f"c{abs(hash(source)) % 10**8}",
+        "metadata": {"tags": list(tags)},
+        "source": source,
+        **extra,
+    }
 
 
 def notebook(cells: Sequence[dict[str, Any]]) -> str:
@@ -28,9 +34,17 @@ def notebook(cells: Sequence[dict[str, Any]]) -> str:
     return json.dumps({"cells": numbered, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5})
 
 
-def stage_cells(name: str, parameters: str = "value = 1", body: str = "", *, tags: Sequence[str] = ("parameters",)) -> list[dict[str, Any]]:
+def stage_cells(
+    name: str,
+    parameters: str = "value = 1",
+    body: str = "",
+    *,
+    tags: Sequence[str] = ("parameters",),
+) -> list[dict[str, Any]]:
     """A stage that writes its parameter into one file and declares it."""
-    names = [line.split("=")[0].split(":")[0].strip() for line in parameters.splitlines() if "=" in line]
+    names = [
+        line.split("=")[0].split(":")[0].strip() for line in parameters.splitlines() if "=" in line
+    ]
     given = ", ".join(f'"{key}": {key}' for key in names)
     finish = "stage.output('out.json').write_text(json.dumps(stage.parameters)); "
     finish += "stage.finish(metrics={'value': 1.0}, outputs={'out': stage.output('out.json')}, verdict='done', summary='a tiny stage')"
@@ -43,7 +57,9 @@ def stage_cells(name: str, parameters: str = "value = 1", body: str = "", *, tag
     ]
 
 
-def make_workspace(folder: Path, stages: Mapping[str, Sequence[dict[str, Any]]], **settings: object) -> Workspace:
+def make_workspace(
+    folder: Path, stages: Mapping[str, Sequence[dict[str, Any]]], **settings: object
+) -> Workspace:
     """A workspace with these stage notebooks (file name without suffix -> cells)."""
     values = {"pipeline.kernel_idle_seconds": 120, "experiment.ship_interval_seconds": 0.2}
     values |= {key.replace("__", "."): value for key, value in settings.items()}
@@ -60,7 +76,9 @@ def write_stages(workspace: Workspace, stages: Mapping[str, Sequence[dict[str, A
         (place / f"{name}.ipynb").write_text(notebook(cells))
 
 
-def mwb(workspace: Workspace, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+def mwb(
+    workspace: Workspace, *arguments: str, **environment: str
+) -> "subprocess.CompletedProcess[str]":
     """Run the command line in a workspace."""
     return subprocess.run(
         [sys.executable, "-m", "mlops_workbench.cli.main", *arguments],
