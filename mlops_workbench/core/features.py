@@ -36,7 +36,11 @@ def _refuse(expected: str, found: object, field: str | None, row: int | None) ->
         )
         if part
     )
-    text = f"expected {expected}{' in ' + place if place else ''}, found {shorten(found)}"
+    try:
+        shown = shorten(found)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        shown = f"a value of type {type(found).__name__} that is too long to show"
+    text = f"expected {expected}{' in ' + place if place else ''}, found {shown}"
     return FeatureError(text, field=field, row=row)
 
 # %% ../../nbs/core/06_features.ipynb #58c898f4
@@ -166,8 +170,8 @@ def _one_category(feature: Feature, value: object, row: int, nan_is_missing: boo
         raise _refuse("a text or an integer", value, feature.name, row)
     try:
         return feature.codes.get(str(value), 0)
-    except ValueError as error:  # Python refuses to print integers of thousands of digits
-        raise _refuse("a shorter integer", type(value).__name__, feature.name, row) from error
+    except ValueError as error:  # too many digits, see above
+        raise _refuse("a shorter integer", value, feature.name, row) from error
 
 # %% ../../nbs/core/06_features.ipynb #114ed66a
 def _encode_categories(
@@ -231,7 +235,7 @@ def _encode_images(
         raw = np.array(pictures, dtype=np.float64).reshape(shape)
     low, high = feature.scale
     scaled = (raw - low) / (high - low)
-    inside = ((scaled >= 0) & (scaled <= 1)).reshape(len(values), -1).all(axis=1)
+    inside = ((scaled >= 0) & (scaled <= 1)).reshape(len(values), size).all(axis=1)
     if not inside.all():
         row = int((~inside).argmax())
         expected = f"pixels from {low:g} to {high:g}"

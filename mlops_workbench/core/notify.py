@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from .clock import now
-from .errors import NotifyError, WorkbenchError, shorten
+from .errors import NotifyError, SecretError, WorkbenchError, shorten
 from .ledger import Ledger
 from .outbox import Message
 from .secrets import is_reference, resolve_secret
@@ -113,7 +113,10 @@ def deliver(
     import apprise
 
     if is_reference(address):
-        address = resolve_secret(address, workspace_state=state).reveal()
+        try:
+            address = resolve_secret(address, workspace_state=state).reveal()
+        except SecretError as error:
+            raise NotifyError(f"channel {channel!r}: {error}") from error
     mask = _mask()
     mask.learn(address)
     kind = {"warning": "warning", "critical": "failure", "success": "success"}.get(severity, "info")
@@ -239,7 +242,7 @@ def run_outbox(
             if report.sent or report.failed:
                 logger.info("messages: %d sent, %d given up", report.sent, report.failed)
             last_error = ""
-        except WorkbenchError as error:
+        except (WorkbenchError, OSError) as error:
             if str(error) != last_error:
                 logger.warning("notifications wait: %s", error)
             last_error = str(error)
