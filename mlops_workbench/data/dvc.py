@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['REMOTE', 'TIMEOUT_SECONDS', 'run_dvc', 'DvcStore', 'configure', 'open_work_folder', 'store_folder', 'fetch_folder',
            'pointer_hash', 'object_path', 'object_is_whole', 'listing', 'object_paths', 'damaged_objects',
-           'remove_damaged']
+           'remove_damaged', 'put_object', 'forget']
 
 # %% ../../nbs/data/03_dvc.ipynb #04f152d0
 import configparser
+import contextlib
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ import os
 import subprocess
 import sys
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,13 @@ def _config(store: DvcStore, values: Mapping[tuple[str, str], str]) -> str:
     parser.write(text)
     return text.getvalue()
 
+# %% ../../nbs/data/03_dvc.ipynb #05dcdc9b
+def _basics(url: str) -> dict[tuple[str, str], str]:
+    """The settings that the workspace and every work folder need; `verify` hashes what is fetched."""
+    remote = f"'remote \"{REMOTE}\"'"
+    core = {("core", "remote"): REMOTE, ("core", "analytics"): "false"}
+    return {**core, (remote, "url"): url, (remote, "verify"): "true"}
+
 # %% ../../nbs/data/03_dvc.ipynb #ed5bfea4
 def configure(store: DvcStore) -> list[str]:
     """Make the workspace a DVC repository; returns the files to commit, relative to the workspace."""
@@ -122,10 +130,8 @@ def configure(store: DvcStore) -> list[str]:
         Path(url).mkdir(parents=True, exist_ok=True)
         if Path(url).is_relative_to(store.root):
             url = os.path.relpath(url, store.root / ".dvc")
-    remote = f"'remote \"{REMOTE}\"'"
-    settings = {("core", "remote"): REMOTE, ("core", "analytics"): "false", (remote, "url"): url}
     files = {
-        ".dvc/config": _config(store, {**settings, (remote, "verify"): "true"}),
+        ".dvc/config": _config(store, _basics(url)),
         ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
         ".dvcignore": _text(store.root / ".dvcignore")
         or "# what DVC leaves alone, a pattern a line\n",
@@ -141,15 +147,19 @@ def _text(path: Path) -> str:
     """The text of a file, empty where there is none."""
     return path.read_text() if path.is_file() else ""
 
-# %% ../../nbs/data/03_dvc.ipynb #d8d0bb8c
-def open_work_folder(store: DvcStore, work: Path) -> None:
-    """Make an empty folder a DVC repository that shares the workspace's cache and remote."""
+# %% ../../nbs/data/03_dvc.ipynb #f96b1bce
+def open_work_folder(
+    store: DvcStore,
+    work: Path,  # an empty folder
+    cache: Path | None = None,  # another cache than that of the workspace
+) -> None:
+    """Make a folder a DVC repository that shares the workspace's cache and remote."""
     (work / ".dvc").mkdir(parents=True)
     changes = {
         ("core", "no_scm"): "true",
         ("core", "check_update"): "false",
-        ("cache", "dir"): str(store.root / ".dvc" / "cache"),
-        (f"'remote \"{REMOTE}\"'", "url"): store.remote,
+        ("cache", "dir"): str(cache or store.root / ".dvc" / "cache"),
+        **_basics(store.remote),
     }
     write_atomic(work / ".dvc" / "config", _config(store, changes))
     credentials = store.root / ".dvc" / "config.local"
@@ -254,3 +264,24 @@ def remove_damaged(store: DvcStore, pointer: str) -> list[Path]:
             removed.append(object_path(store.cache, files[name]))
             removed[-1].unlink()
     return removed
+
+# %% ../../nbs/data/03_dvc.ipynb #deb522f8
+def put_object(base: Path, md5: str, source: Path) -> bool:
+    """Put a copy of a file under its hash where no whole object is; False when nothing was to do."""
+    if object_is_whole(base, md5) or not source.is_file():
+        return False
+    place = object_path(base, md5)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        place.unlink()
+    write_atomic(place, source.read_bytes(), mode=0o444)
+    return True
+
+# %% ../../nbs/data/03_dvc.ipynb #6948c46f
+def forget(store: DvcStore, pointer: str, names: Sequence[str]) -> None:
+    """Take the objects of these files out of the cache, so that the next fetch asks the remote."""
+    with contextlib.suppress(IntegrityError):
+        files = listing(store, pointer)
+        for name in names:
+            if name in files:
+                object_path(store.cache, files[name]).unlink(missing_ok=True)
