@@ -27,9 +27,9 @@ def completion_script(shell: str, program: str) -> str:
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), required=False)
 def completion(shell: str | None) -> None:
-    """Print the completion script for your shell; evaluate it in your shell's start file.
+    """Print the completion script for your shell; put it where your shell reads it at its start.
 
-    Example: echo 'eval "$(mwb completion bash)"' >> ~/.bashrc
+    Example: mwb completion bash >> ~/.bashrc
     """
     chosen = shell or Path(os.environ.get("SHELL", "bash")).name
     if chosen not in ("bash", "zsh", "fish"):

@@ -32,7 +32,7 @@ def comment(text: str) -> str:
 def literal(value: str | tuple[str, ...]) -> str:
     """A text, or a tuple of texts, as Python source with double quotes."""
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=not value.isprintable())
+        return json.dumps(value, ensure_ascii=False) if value.isprintable() else repr(value)
     inner = ", ".join(literal(item) for item in value)
     return f"({inner},)" if len(value) == 1 else f"({inner})"
 
