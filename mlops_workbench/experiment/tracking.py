@@ -92,11 +92,12 @@ def start_run(
 ) -> str:
     """Start a run in MLflow and return its id.
 
-    The data version is taken from the tag or the parameter `data_version`. TrackingError when a training or exploring
-    stage has none, or when MLflow cannot be written.
+    The data version is taken from the tag `data_version` or the parameters `data_version` or `data`. TrackingError when
+    a training or exploring stage has none, or when MLflow cannot be written.
     """
     given, values = dict(tags or {}), dict(parameters or {})
-    data_version = str(given.get("data_version") or values.get("data_version") or "")
+    named = (given.get("data_version"), values.get("data_version"), values.get("data"))
+    data_version = next((str(value) for value in named if value), "")
     check_data_version(stage, data_version)
     if data_version:
         given["data_version"] = data_version
