@@ -6,7 +6,8 @@
 __all__ = ['MARKS', 'read_assignments', 'read_parameter_file', 'LiveProgress', 'stage_row', 'result_record', 'show_result',
            'show_failure', 'run']
 
-# %% ../../nbs/cli/10_run.ipynb #8bfa3216
+# %% ../../nbs/cli/10_run.ipynb #54fcbb84
+import os
 import signal
 import sys
 import time
@@ -216,6 +217,9 @@ def run(
 
     Example: mwb run prepare train -p epochs=5 -p train.rate=0.001
     """
+    os.environ.setdefault(
+        "PYDANTIC_DISABLE_PLUGINS", "__all__"
+    )  # the search for plugins reads every installed package
     from mlops_workbench.core.workspace import Workspace
     from mlops_workbench.pipeline.notebooks import choose_stages, find_stages
     from mlops_workbench.pipeline.runner import distribute, from_file, run_stages

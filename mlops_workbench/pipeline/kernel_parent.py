@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READ_AT_IMPORT', 'PARENT_SETS', 'SET_BY_EACH_PROCESS', 'THREADS_THAT_SURVIVE', 'LENGTH', 'REQUEST_SECONDS',
-           'TICK_SECONDS', 'import_environment', 'environment_difference', 'unfitness', 'send_message',
+           'TICK_SECONDS', 'QUIET_SECONDS', 'import_environment', 'environment_difference', 'unfitness', 'send_message',
            'receive_message', 'seed_anew', 'become', 'run_and_leave', 'leave', 'Parent', 'main']
 
 # %% ../../nbs/pipeline/01_kernel_parent.ipynb #741be185
@@ -49,6 +49,7 @@ THREADS_THAT_SURVIVE = {
 LENGTH = struct.Struct("!I")
 REQUEST_SECONDS = 5.0
 TICK_SECONDS = 1.0
+QUIET_SECONDS = 2.0  # after the last request, before more is imported: a request would have to wait for an import
 
 # %% ../../nbs/pipeline/01_kernel_parent.ipynb #2b2e2bfa
 def import_environment(environment: dict[str, str]) -> dict[str, str]:
@@ -93,7 +94,7 @@ def _thread_names() -> list[str]:
             names.append((task / "comm").read_text().strip())
     return names
 
-# %% ../../nbs/pipeline/01_kernel_parent.ipynb #11156fca
+# %% ../../nbs/pipeline/01_kernel_parent.ipynb #0b076653
 def send_message(
     connection: socket.socket, message: dict[str, Any], descriptors: tuple[int, ...] = ()
 ) -> None:
@@ -190,7 +191,7 @@ class Parent:
     ) -> None:
         self.socket_path, self.key, self.idle_seconds = socket_path, key, idle_seconds
         self.environment = environment  # as it was before PARENT_SETS
-        self.started = self.last_use = time.time()
+        self.started = self.last_use = self.last_request = time.time()
         self.children: dict[
             int, socket.socket | None
         ] = {}  # None: the caller is gone and the child may go on
@@ -229,8 +230,7 @@ class Parent:
         """Work until stopped or idle, and until the last child has ended."""
         while self.children or not self.finished():
             waiting: list[Any] = [self.listener, self.waker, *filter(None, self.children.values())]
-            wait_seconds = 0.0 if self.pending and not self.reason else TICK_SECONDS
-            ready, _, _ = select.select(waiting, [], [], wait_seconds)
+            ready, _, _ = select.select(waiting, [], [], self.patience())
             if self.waker in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self.waker, 1 << 12)
@@ -240,8 +240,14 @@ class Parent:
                     self.caller_has_gone(pid, connection)
             if self.listener in ready:
                 self.answer()
-            elif not ready and self.pending and not self.reason:
+            elif not ready and self.patience() == 0.0:
                 self.warm([self.pending.pop(0)])
+
+    def patience(self) -> float:
+        """How long to wait for a request before doing something else."""
+        if not self.pending or self.reason:
+            return TICK_SECONDS
+        return max(0.0, min(TICK_SECONDS, self.last_request + QUIET_SECONDS - time.time()))
 
     def finished(self) -> bool:
         """Whether there is no reason to go on: stopped, unfit, idle, or the socket was taken away or replaced."""
@@ -308,7 +314,7 @@ class Parent:
         self, connection: socket.socket, request: dict[str, Any], descriptors: list[int]
     ) -> bool:
         """Start a child for a request; whether there is one (else the caller was told why not)."""
-        self.last_use = time.time()
+        self.last_use = self.last_request = time.time()
         reason = unfitness() or environment_difference(self.environment, request["environment"])
         if self.stopping:
             reason = "the pre-warmed parent is ending"

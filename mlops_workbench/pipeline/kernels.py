@@ -28,16 +28,10 @@ from ..core.files import digest_of, file_lock, sha256_file
 from . import kernel_parent
 from .kernel_parent import PARENT_SETS, receive_message, send_message
 
-# %% ../../nbs/pipeline/03_kernels.ipynb #337d3a83
-PRELOAD_FIRST = (
-    "torch",
-    "mlflow",
-    "pandas",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "ipykernel.kernelapp",
-)
+# %% ../../nbs/pipeline/03_kernels.ipynb #a165e8fb
+PRELOAD_FIRST = ("torch", "mlflow", "pandas", "ipykernel.kernelapp", "ipykernel.ipkernel")
 PRELOAD_LATER = (
-    "IPython.core.completer", "ipykernel.ipkernel", "matplotlib.pyplot", "matplotlib_inline.backend_inline",
+    "mlflow.store.tracking.sqlalchemy_store", "IPython.core.completer", "matplotlib.pyplot", "matplotlib_inline.backend_inline",
     "pyarrow.parquet", "sqlalchemy.dialects.sqlite", "pydantic", "psutil", "safetensors.torch", "msgspec", "sklearn.metrics",
     "scipy.stats", "duckdb", "pandera.pandas", "torch.onnx", "onnx", "onnxscript",
 )  # fmt: skip

@@ -38,7 +38,7 @@ Status = Literal["running", "finished", "failed", "timeout", "memory", "killed",
 class Record(BaseModel):
     """A frozen record without room for unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 # %% ../../nbs/pipeline/06_manifest.ipynb #b62303b2
 class OutputFile(Record):

@@ -4,26 +4,25 @@
 
 # %% auto #0
 __all__ = ['SETTINGS_READ_BY_STAGES', 'NO_CODE', 'DATA_PARAMETER', 'workspace_code', 'library_folder', 'code_digest',
-           'data_reference', 'upstream_runs', 'reuse_key']
+           'data_reference', 'named_version', 'upstream_runs', 'reuse_key']
 
-# %% ../../nbs/pipeline/10_reuse.ipynb #a450904d
+# %% ../../nbs/pipeline/10_reuse.ipynb #da0d3938
+import json
 import os
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.errors import StageError, WorkbenchError
 from ..core.files import digest_of, sha256_file
 from ..core.workspace import Workspace
+from ..data.tags import parse_ref, read_tags
 from ..experiment.provenance import library_digest, recipe_digest
 from .contract import JsonValue
 from .cycles import Cycle, finished_run
 from .manifest import Manifest
 from .notebooks import StageNotebook
-
-if TYPE_CHECKING:
-    from mlops_workbench.data.versions import DataVersion
 
 # %% ../../nbs/pipeline/10_reuse.ipynb #b194d4f0
 SETTINGS_READ_BY_STAGES = ("workspace", "data", "release", "gates", "update")
@@ -91,27 +90,32 @@ def data_reference(
     upstream: Mapping[str, Manifest],
 ) -> str:
     """The data version that a run with these inputs stands on, such as flights@v1.0; empty when there is none yet."""
-    reference = parameters.get(DATA_PARAMETER)
-    if isinstance(reference, str) and reference:
-        version = _resolve(workspace, reference)
-        return version.ref if version is not None else ""
+    named = named_version(workspace, parameters)
+    if named is not None:
+        return named[0]
     return next(
         (manifest.data_version for manifest in upstream.values() if manifest.data_version), ""
     )
 
-# %% ../../nbs/pipeline/10_reuse.ipynb #fefd537c
-def _resolve(workspace: Workspace, reference: str) -> "DataVersion | None":
-    """The data version of this name, or None when there is none."""
-    if not (workspace.root / "data").is_dir():
+# %% ../../nbs/pipeline/10_reuse.ipynb #082539b3
+def named_version(
+    workspace: Workspace, parameters: Mapping[str, JsonValue]
+) -> tuple[str, str] | None:
+    """Reference and digest of the data version that the parameter `data` names; ("", "") for one yet to be made, None without the parameter."""
+    reference = parameters.get(DATA_PARAMETER)
+    if not isinstance(reference, str) or not reference:
         return None
-    from mlops_workbench.data.versions import DataStore
-
     try:
-        return DataStore(workspace).resolve(reference)
-    except WorkbenchError:
-        return None
+        name, wanted = parse_ref(reference)
+        known = [
+            found for found in read_tags(workspace.root, name) if wanted in (None, found.version)
+        ]
+        newest = known[-1]
+        return f"{name}@{newest.version}", str(json.loads(newest.record)["digest"])
+    except (WorkbenchError, IndexError, ValueError, KeyError):
+        return "", ""
 
-# %% ../../nbs/pipeline/10_reuse.ipynb #0c18cd0e
+# %% ../../nbs/pipeline/10_reuse.ipynb #7998f14c
 def upstream_runs(
     workspace: Workspace, cycle: Cycle | None, stage: StageNotebook
 ) -> dict[str, Manifest]:
@@ -138,9 +142,7 @@ def reuse_key(
     code: str,  # as code_digest gives it
 ) -> str:
     """The key of a run with these inputs."""
-    reference = parameters.get(DATA_PARAMETER)
-    version = _resolve(workspace, reference) if isinstance(reference, str) and reference else None
-    data_digest = version.digest if version is not None else ""
+    named = named_version(workspace, parameters)
     read: dict[str, Any] = {
         name: {
             "outputs": {output: file.sha256 for output, file in manifest.outputs.items()},
@@ -156,7 +158,7 @@ def reuse_key(
             "notebook": stage.digest,
             "code": code,
             "parameters": dict(parameters),
-            "data": data_digest,
+            "data": named[1] if named is not None else "",
             "upstream": read,
         }
     )

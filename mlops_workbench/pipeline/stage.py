@@ -92,7 +92,7 @@ class Stage:
     @cached_property
     def recipe(self) -> "Recipe":
         """The recipe of the workspace."""
-        from mlops_workbench.recipes.loading import load_recipe
+        from mlops_workbench.recipes.protocol import load_recipe
 
         return load_recipe(self.workspace.settings.workspace.recipe, self.workspace.root)
 
