@@ -93,7 +93,7 @@ def drift_reason(inputs: UpdateInputs, settings: UpdateSettings) -> Reason:
     share = (inputs.snapshot or {}).get("figures", {}).get("drift")
     return Reason("drift", moved, found["summary"], share, 0.0)
 
-# %% ../../nbs/monitoring/12_decide_update.ipynb #a96077d8
+# %% ../../nbs/monitoring/12_decide_update.ipynb #601c6391
 _BETTER_WHEN_HIGHER = {
     "accuracy": True,
     "recall": True,
@@ -182,7 +182,10 @@ def next_data_version(workspace: Workspace, champion: Champion) -> str:
         slot = ledger.slot(f"data:{dataset}")
     finally:
         ledger.close()
-    return slot.digest if slot is not None else DataStore(workspace).latest(dataset).ref
+    if slot is not None:
+        return slot.digest
+    latest = DataStore(workspace).latest(dataset)
+    return champion.manifest.data_version if latest is None else latest.ref
 
 # %% ../../nbs/monitoring/12_decide_update.ipynb #51a6a304
 def gather_inputs(

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 
 from ..core.features import FeatureSchema
 from .estimates import NOT_ENOUGH_DATA, holm_levels
@@ -73,18 +72,29 @@ def _bin_column(described: Mapping[str, Any], window: Column) -> list[_Binned]:
         binned.append(_Binned(window.name, "missing share", gaps, np.empty(0), 1))
     return binned
 
-# %% ../../nbs/monitoring/05_drift.ipynb #071612b6
-def _assignments(
+# %% ../../nbs/monitoring/05_drift.ipynb #c07b3ab6
+def _choices(
     reference_rows: int, window_rows: int, shuffles: int, generator: np.random.Generator
-) -> Iterator[NDArray[np.float32]]:
-    """Blocks [rows, shuffles] of 0 and 1 (1 = in the window); the first column is the truth."""
-    truth = np.zeros(reference_rows + window_rows, dtype=np.float32)
-    truth[reference_rows:] = 1
-    yield truth[:, None]
-    block = max(1, min(shuffles, 4_000_000 // len(truth)))
+) -> Iterator[NDArray[np.int64]]:
+    """Blocks [shuffles, rows of the smaller side] of pooled row numbers; the first is the truth."""
+    rows, chosen = reference_rows + window_rows, min(reference_rows, window_rows)
+    yield np.arange(chosen)[None] + (reference_rows if window_rows <= reference_rows else 0)
+    block = max(1, min(shuffles, 2_000_000 // chosen))
     for start in range(0, shuffles, block):
-        tiled = np.tile(truth, (min(block, shuffles - start), 1))
-        yield np.ascontiguousarray(generator.permuted(tiled, axis=1).T)
+        drawn = [
+            generator.choice(rows, chosen, replace=False, shuffle=False)
+            for _ in range(min(block, shuffles - start))
+        ]
+        yield np.array(drawn)
+
+# %% ../../nbs/monitoring/05_drift.ipynb #7798126d
+def _filled_bins(column: _Binned, choice: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How many of the chosen rows lie in each bin [bins, shuffles]."""
+    size = column.count + 1  # rows without a value are counted behind the last bin
+    places = np.where(column.bins < 0, column.count, column.bins)[choice]
+    places += np.arange(len(choice))[:, None] * size
+    counts = np.bincount(places.ravel(), minlength=size * len(choice))
+    return np.asarray(counts.reshape(len(choice), size)[:, :-1].T, dtype=np.float64)
 
 # %% ../../nbs/monitoring/05_drift.ipynb #d8859502
 def _effects(
@@ -113,27 +123,16 @@ def _shuffled_effects(
     generator: np.random.Generator,
 ) -> NDArray[np.float64]:
     """The effects [columns, 1 + shuffles]; the first of each column is the observed one."""
-    starts = np.cumsum([0, *(column.count for column in columns)])
-    cells = [
-        (column.bins + start, column.bins >= 0)
-        for column, start in zip(columns, starts, strict=False)
-    ]
-    bins = np.concatenate([cell[inside] for cell, inside in cells])
-    rows = np.concatenate([np.flatnonzero(inside) for _, inside in cells])
-    ones = np.ones(len(bins), dtype=np.float32)
-    table = csr_matrix((ones, (bins, rows)), shape=(starts[-1], reference_rows + window_rows))
-    in_both = np.asarray(table.sum(axis=1)).ravel().astype(np.float64)
+    in_both = [np.bincount(c.bins[c.bins >= 0], minlength=c.count).astype(float) for c in columns]
     found = []
-    for block in _assignments(reference_rows, window_rows, shuffles, generator):
-        filled = np.asarray(table @ block, dtype=np.float64)
-        parts = [slice(start, start + c.count) for c, start in zip(columns, starts, strict=False)]
-        found.append(
-            [
-                _effects(column, filled[part], in_both[part], reference_rows, window_rows)
-                for column, part in zip(columns, parts, strict=True)
-            ]
-        )
-    return np.concatenate([np.array(block) for block in found], axis=1)
+    for choice in _choices(reference_rows, window_rows, shuffles, generator):
+        effects = []
+        for column, both in zip(columns, in_both, strict=True):
+            filled = _filled_bins(column, choice)
+            in_window = filled if window_rows <= reference_rows else both[:, None] - filled
+            effects.append(_effects(column, in_window, both, reference_rows, window_rows))
+        found.append(np.array(effects))
+    return np.concatenate(found, axis=1)
 
 # %% ../../nbs/monitoring/05_drift.ipynb #351bbd9c
 def _digits(value: float) -> str:
