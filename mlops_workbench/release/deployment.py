@@ -273,7 +273,13 @@ def clear_release(workspace: Workspace, name: str, *, actor: str, reason: str) -
 
 # %% ../../nbs/release/03_deployment.ipynb #f78e7fae
 def set_default_data(
-    workspace: Workspace, ref: str, *, actor: str, reason: str, cycle: str | None = None
+    workspace: Workspace,
+    ref: str,
+    *,
+    actor: str,
+    reason: str,
+    cycle: str | None = None,
+    record_path: str | None = None,
 ) -> None:
     """Make a data version the one that the next batch is added to."""
     ledger = Ledger(workspace.ledger_url)
@@ -281,7 +287,13 @@ def set_default_data(
     if slot is not None and slot.digest == ref:
         return
     with ledger.decision(
-        "data", actor=actor, subject=ref, verdict="default", reason=reason, cycle=cycle
+        "data",
+        actor=actor,
+        subject=ref,
+        verdict="default",
+        reason=reason,
+        cycle=cycle,
+        record_path=record_path,
     ) as change:
         change.set_slot(data_slot(ref), ref, slot.epoch if slot else 0)
 

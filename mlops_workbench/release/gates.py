@@ -235,6 +235,7 @@ def evaluate_gates(
     *,
     gate: GateSettings,
     parity: float,  # largest difference of ONNX and torch probabilities
+    forced_rows: int = 0,  # rows of its data version that were stored against the checks
     champion_bundle: Path | None = None,
 ) -> GateReport:
     """Measure every gate of a release; DataError when there is no row to judge by."""
@@ -250,6 +251,7 @@ def evaluate_gates(
     names = [feature.name for feature in recipe.features.features]
     rows = [json_row(row, names) for row in test_frame.head(200).to_dict("records")]
     results = [
+        GateResult("data: rows stored against the checks", forced_rows, 0, "lower"),
         *quality_gates(recipe, gate, labels, probabilities, champion, confidence=confidence),
         GateResult(
             "parity of ONNX and torch", parity, workspace.settings.release.parity_tolerance, "lower"

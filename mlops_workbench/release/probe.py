@@ -73,8 +73,8 @@ def wait_until_ready(
     state = "ended" if process.poll() is not None else f"not ready after {start_seconds:g} s"
     raise ServingError(f"expected the server to become ready, it {state}; its last words: {tail}")
 
-# %% ../../nbs/release/01_probe.ipynb #36e984cd
-def json_row(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+# %% ../../nbs/release/01_probe.ipynb #ccadf986
+def json_row(row: Mapping[Any, Any], names: Sequence[str]) -> dict[str, Any]:
     """Return the named fields of a row as JSON values."""
     return {name: json_value(row[name]) for name in names}
 
