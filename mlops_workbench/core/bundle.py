@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from .errors import BundleError, IntegrityError, shorten
 from .files import digest_of, sha256_file
@@ -38,8 +38,8 @@ class BundleManifest(BaseModel):
     run_id: str
     cycle: str
     parameters: dict[str, Any]
-    thresholds: dict[str, float]
-    metrics: dict[str, float]
+    thresholds: dict[str, FiniteFloat]
+    metrics: dict[str, FiniteFloat]
     lock_digest: str
     files: dict[str, str]  # path inside the bundle -> sha256
     inputs: tuple[str, ...]  # names of the model's inputs

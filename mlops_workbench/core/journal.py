@@ -21,6 +21,7 @@ from zlib import crc32
 import msgspec
 
 from .errors import WorkbenchError, shorten
+from .files import sync_folder
 
 # %% ../../nbs/core/05_journal.ipynb #e93c8817
 class JournalError(WorkbenchError):
@@ -156,8 +157,11 @@ class JournalWriter:
         self.path = path
         self.sync_interval_ms = sync_interval_ms
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o600)
+        if is_new:
+            sync_folder(path.parent)  # a file without its name would be lost with the power
         self._lock = threading.Lock()
         self._starts_with_newline = _repair_tail(self._descriptor)
         self._unsynced = False
