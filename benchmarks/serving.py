@@ -1,9 +1,10 @@
-"""Requests a second and latency of the prediction server, closed loop, at several numbers of connections.
+"""Requests a second and latency of the prediction server, closed loop, at several connections.
 
     python benchmarks/serving.py [--bundle DIR] [--connections 1 16 64] [--seconds 5] [--rows 1]
 
-The server is the real process with its prediction log; the client here shares the machine with it. Without a bundle a
-small logistic release is built (three numbers, two categories). Figures depend on the machine: compare within one run.
+The server is the real process with its prediction log; the client here shares the machine with it.
+Without a bundle a small logistic release is built (three numbers, two categories). Figures depend
+on the machine: compare within one run.
 """
 
 import argparse
@@ -13,13 +14,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import cast
 
 import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from serving_support import build_bundle, serving  # noqa: E402
+from serving_support import build_bundle, serving
 
-from mlops_workbench.serving.models import load_model, warm_up_rows  # noqa: E402
+from mlops_workbench.serving.models import load_model, warm_up_rows
 
 
 class Asker(asyncio.Protocol):
@@ -33,8 +35,7 @@ class Asker(asyncio.Protocol):
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
         self.ask()
 
     def ask(self) -> None:
@@ -55,6 +56,7 @@ class Asker(asyncio.Protocol):
             return
         self.latencies.append(time.perf_counter() - self.asked)
         if not self.received.startswith(b"HTTP/1.1 200"):
+            self.transport.close()
             self.done.set_exception(RuntimeError(self.received.decode()))
             return
         self.received = b""

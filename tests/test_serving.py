@@ -803,3 +803,46 @@ def test_the_process_stays_thin(server: RunningServer) -> None:
     resident = psutil.Process(server.process.pid).memory_info().rss / 1e6
     print(f"resident memory {resident:.0f} MB")
     assert resident < 250
+
+
+# ---- the command
+
+
+def test_mwb_serve_becomes_the_server_and_mwb_feedback_finds_it(
+    tmp_path: Path, bundle: Path
+) -> None:
+    workspace = make_workspace(tmp_path / "w")
+    point_at(workspace.pointer_path, bundle, epoch=1)
+    mwb = [sys.executable, "-m", "mlops_workbench.cli.main"]
+    here = ["-w", str(workspace.root)]
+    log = tmp_path / "serve.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*mwb, "serve", "--port", "0", *here], stdout=output, stderr=output
+        )
+    try:
+        port_file = workspace.state / "serving.port"
+        wait_until(lambda: port_file.exists() or process.poll() is not None, 60, "the port file")
+        server = RunningServer(process, int(port_file.read_text()), log)
+        server.wait_ready()
+        assert server.client().post("/predict", {"row": ROW, "id": "a"}).status == 200
+        assert "/sqlalchemy/" not in Path(f"/proc/{process.pid}/maps").read_text()
+        sent = subprocess.run(
+            [*mwb, "feedback", "-", "--json", *here],
+            input=b"id,label\na,late\n",
+            capture_output=True,
+            timeout=60,
+        )
+        assert sent.returncode == 0, sent.stderr
+        assert json.loads(sent.stdout) == {
+            "accepted": 1,
+            "duplicate": 0,
+            "changed": 0,
+            "orphan": 0,
+        }
+        assert server.stop() == 0
+        assert not port_file.exists()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

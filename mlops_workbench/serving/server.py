@@ -15,7 +15,7 @@ import sys
 import tempfile
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -72,6 +72,7 @@ class ServingPlan:
     predictions: Path
     settings: ServingSettings
     token: str | None
+    port_file: Path | None = None  # where the port is told while the server runs
 
 # %% ../../nbs/serving/09_server.ipynb #16a7ef0f
 def plan_workspace(root: Path) -> ServingPlan:
@@ -81,7 +82,13 @@ def plan_workspace(root: Path) -> ServingPlan:
     token = None
     if settings.token:
         token = resolve_secret(settings.token, workspace_state=workspace.state).reveal()
-    return ServingPlan(workspace.pointer_path, workspace.predictions, settings, token)
+    return ServingPlan(
+        workspace.pointer_path,
+        workspace.predictions,
+        settings,
+        token,
+        port_file=workspace.state / "serving.port",
+    )
 
 # %% ../../nbs/serving/09_server.ipynb #be9081e1
 def plan_bundle(bundle: Path, scratch: Path, predictions: Path | None = None) -> ServingPlan:
@@ -104,13 +111,25 @@ class AnnouncedServer(uvicorn.Server):
         self.address = address
         self.port_file = port_file
 
+    @property
+    def port(self) -> str:
+        """The port in the address."""
+        return self.address.rpartition(":")[2]
+
+    def withdraw(self) -> None:
+        """Remove the port file, unless another server wrote its own meanwhile."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.port_file is not None and self.port_file.read_text() == self.port:
+                self.port_file.unlink()
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then tell."""
         await super().startup(sockets)
         if self.should_exit:
             return
         if self.port_file is not None:
-            write_atomic(self.port_file, self.address.rpartition(":")[2])
+            self.port_file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.port_file, self.port)
         print(f"serving on {self.address}", file=sys.stderr, flush=True)
         gc.collect()
         gc.freeze()  # what is loaded now is never looked at again by the garbage collector
@@ -134,8 +153,8 @@ def ending_quietly(server: uvicorn.Server) -> Iterator[None]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-# %% ../../nbs/serving/09_server.ipynb #2bb6c410
-def serve(plan: ServingPlan, host: str, port: int, port_file: Path | None = None) -> None:
+# %% ../../nbs/serving/09_server.ipynb #e1db07ca
+def serve(plan: ServingPlan, host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT; UsageError or ServingError when it cannot start."""
     check_exposure(host, plan.token)
     listener = bind(host, port)
@@ -159,9 +178,11 @@ def serve(plan: ServingPlan, host: str, port: int, port_file: Path | None = None
         timeout_graceful_shutdown=10,
     )
     name = f"[{host}]" if ":" in host else host
-    server = AnnouncedServer(config, f"http://{name}:{listener.getsockname()[1]}", port_file)
+    address = f"http://{name}:{listener.getsockname()[1]}"
+    server = AnnouncedServer(config, address, plan.port_file)
     with listener, ending_quietly(server):
         server.run(sockets=[listener])
+    server.withdraw()
 
 # %% ../../nbs/serving/09_server.ipynb #d8d2c824
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -177,7 +198,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--host", help="address to listen on; others than loopback need a token")
     parser.add_argument("--port", type=int, help="port to listen on; 0 takes a free one")
-    parser.add_argument("--port-file", type=Path, help="write the port here once it is open")
+    parser.add_argument(
+        "--port-file", type=Path, help="tell the port here instead of in the state folder"
+    )
     found = parser.parse_args(arguments)
     if found.predictions is not None and found.bundle is None:
         parser.error("--predictions goes with --bundle")
@@ -198,7 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 plan = plan_workspace(found.workspace)
             host = found.host or plan.settings.host
             port = plan.settings.port if found.port is None else found.port
-            serve(plan, host, port, found.port_file)
+            if found.port_file is not None:
+                plan = replace(plan, port_file=found.port_file)
+            serve(plan, host, port)
     except WorkbenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
