@@ -1,4 +1,4 @@
-"""Helpers of the monitoring tests: releases with profiles, and traffic written as the server writes it."""
+"""Helpers of the monitoring tests: releases with profiles, traffic as the server writes it."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ def draw_rows(
     *,
     warmer: float = 0.0,  # standard deviations of the temperature
 ) -> pd.DataFrame:
-    """Rows like those of the flights recipe: 14 columns, skewed, rounded, with gaps, many categories."""
+    """Rows like those of the flights recipe: 14 columns, skewed, rounded, with gaps."""
     columns: dict[str, Any] = {}
     for name, size in CATEGORIES.items():
         chance = 1 / np.arange(1, size + 1)

@@ -28,7 +28,7 @@ def any_moved(report: object) -> bool:
 
 @pytest.mark.parametrize(("rows", "windows"), [(200, 100), (2_000, 50), (20_000, 8)])
 def test_unchanged_windows_raise_no_more_false_alarms_than_stated(rows: int, windows: int) -> None:
-    """Reference and window are both drawn anew, and no practical minimum helps: 17 tests a window."""
+    """Reference and window are drawn anew, without a practical minimum: 17 tests a window."""
     generator = np.random.default_rng(rows)
     alarms = 0
     for window in range(windows):
@@ -105,7 +105,7 @@ def test_intervals_of_quality_cover_the_truth() -> None:
 
 
 def test_a_calibrated_model_shows_no_calibration_error_at_few_rows() -> None:
-    """The plain expected error would be about 0.1 at 150 rows; the corrected one has no bias upwards."""
+    """The plain expected error is about 0.1 at 150 rows; the corrected one has no such bias."""
     generator = np.random.default_rng(6)
     squares, plain = [], []
     for _ in range(300):
@@ -134,7 +134,7 @@ def test_comparisons_with_an_unchanged_evaluation_move_no_more_often_than_stated
 
 
 def test_the_late_share_moves_and_the_ranking_does_not() -> None:
-    """What happens to flights in April: every promise is too low, the order is as good as before."""
+    """Flights in April: every promise is too low, the order is as good as before."""
     generator = np.random.default_rng(8)
     reference = measure_quality(*draw_rows_of_answers(generator, 1500))
     later = measure_quality(*draw_rows_of_answers(generator, 1500, shift=0.1))

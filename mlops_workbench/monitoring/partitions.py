@@ -176,13 +176,14 @@ def _sweep(predictions: Path, catalogue: Catalogue) -> int:
             removed += 1
     return removed
 
-# %% ../../nbs/monitoring/01_partitions.ipynb #44863d14
-def _remove_left_overs(predictions: Path, catalogue: Catalogue) -> None:
-    """Remove Parquet files that no catalogue counts: those of a compaction that was killed."""
+# %% ../../nbs/monitoring/01_partitions.ipynb #75fc8bfb
+def _remove_left_overs(predictions: Path, catalogue: Catalogue, grace_seconds: float) -> None:
+    """Remove Parquet files that count no longer, or never did because a compaction was killed."""
     known = {file.path for file in catalogue.files}
     parquet = predictions / "parquet"
     for path in parquet.glob("kind=*/*/*.parquet"):
-        if path.relative_to(parquet).as_posix() not in known:
+        old = path.stat().st_mtime < time.time() - grace_seconds  # a reader may be at it
+        if old and path.relative_to(parquet).as_posix() not in known:
             path.unlink()
 
 # %% ../../nbs/monitoring/01_partitions.ipynb #b69e08a4
@@ -244,6 +245,7 @@ def compact(
     *,
     older_than_seconds: float = 60.0,  # leave segments that were written to more recently
     merge_files: int = 12,  # join the files of an hour when there are this many
+    grace_seconds: float = 60.0,  # how long a reader may still be at a file that was joined
     timeout_seconds: float = 30.0,
 ) -> CompactionReport:
     """Move what rests in segments into hourly Parquet partitions, each record exactly once.
@@ -259,7 +261,7 @@ def compact(
         if catalogue.generation == 0:
             catalogue = replace(catalogue, generation=1)
             _commit(predictions, catalogue)
-        _remove_left_overs(predictions, catalogue)
+        _remove_left_overs(predictions, catalogue, grace_seconds)
         before = catalogue
         resting = time.time() - older_than_seconds  # files carry the machine's own time
         for segment in sorted(segments.glob("*.log")):
@@ -314,6 +316,4 @@ def _merge(predictions: Path, catalogue: Catalogue, merge_files: int) -> tuple[C
         catalogue = replace(catalogue, generation=generation, files=(*kept, joined))
         _commit(predictions, catalogue)
         merged += len(files)
-        for file in files:
-            (parquet / file.path).unlink(missing_ok=True)
     return catalogue, merged

@@ -222,13 +222,13 @@ def read_window(
 
     DataError when the log is compacted all the time, IntegrityError when its catalogue was lost.
     """
-    for attempt in range(5):
+    for attempt in range(20):
         log = _read_log(predictions)
         try:
             with _open_database(predictions, log, since, until) as database:
                 return _ask(database, log, since, until, release, columns)
         except duckdb.IOException:  # a file was merged away between catalogue and query
-            if attempt == 4 or read_catalogue(predictions).generation == log.catalogue.generation:
+            if attempt == 19 or read_catalogue(predictions).generation == log.catalogue.generation:
                 raise
     raise AssertionError("unreachable")
 
