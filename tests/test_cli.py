@@ -376,11 +376,13 @@ def test_init_from_a_csv_makes_a_recipe_that_works(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path\n"
         "from mlops_workbench.core.workspace import Workspace\n"
+        "from mlops_workbench.recipes.conformance import check_recipe\n"
         "from mlops_workbench.recipes.protocol import encode, load_recipe\n"
         "workspace = Workspace.open()\n"
         "recipe = load_recipe(workspace.settings.workspace.recipe, workspace.root)\n"
         "frame = recipe.source('all')\n"
         "recipe.schema().validate(frame, lazy=True)\n"
+        "assert check_recipe(recipe) == []\n"
         "arrays, labels = encode(recipe, frame)\n"
         "print(recipe.name, len(frame), int(labels.sum()), arrays['categories'].min(axis=0))\n"
     )

@@ -310,6 +310,7 @@ def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
         writer.wait()
         assert writer.stdout is not None
         writer.stdout.close()
+    assert {len(content) for content in contents} == {size}
     assert all(content == content[:1] * size for content in contents)
     assert len({content[:1] for content in contents}) > 1
 
