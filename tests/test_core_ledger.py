@@ -227,6 +227,20 @@ def test_awkward_text_and_numbers_are_kept(url: str) -> None:
     assert ledger.verify().ok
 
 
+def test_a_database_that_stays_locked_is_no_lost_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlops_workbench.core.ledger_schema.BUSY_TIMEOUT_SECONDS", 0.2)
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    lease = ledger.acquire_lease("pipeline", "host/1", 30)
+    with (
+        transaction(ledger._engine, writes=True),
+        pytest.raises(LedgerError, match="another process has been writing"),
+    ):
+        ledger.renew_lease(lease, 30)
+    assert ledger.renew_lease(lease, 30).epoch == lease.epoch
+
+
 def test_an_outbox_key_is_told_once(url: str) -> None:
     ledger = Ledger(url)
 

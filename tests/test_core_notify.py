@@ -6,6 +6,8 @@ import logging
 import os
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -452,3 +454,34 @@ def test_an_unknown_form_of_address_is_an_error_without_the_address(tmp_path: Pa
     with pytest.raises(NotifyError) as caught:
         deliver("team", f"{TOKEN} is no address", "t", "b", state=tmp_path)
     assert TOKEN not in str(caught.value) and "'team'" in str(caught.value)
+
+
+def test_the_commands_send_list_and_try_a_channel(tmp_path: Path, receiver: Receiver) -> None:
+    workspace = create_workspace(
+        tmp_path / "factory",
+        name="factory",
+        recipe="flights",
+        settings={"notify.team": "secret://TEAM_HOOK"},
+    )
+    write_secret(workspace.secrets_path, "TEAM_HOOK", receiver.address)
+
+    def mwb(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mlops_workbench.cli.main", "notify", *words]
+        return subprocess.run(command, cwd=workspace.root, capture_output=True, text=True)
+
+    assert mwb("test", "team").returncode == 0 and receiver.titles == ["A trial message"]
+    assert mwb("test", "nobody").returncode == 2
+    tell(Ledger(workspace.ledger_url), "decided")
+    receiver.mode = "503"
+    failed = mwb("send")
+    assert failed.returncode == 1 and "0 sent, 1 waiting" in failed.stdout, failed
+    trial = mwb("test", "team")
+    assert trial.returncode == 1 and "channel 'team'" in trial.stderr
+    receiver.mode = "up"
+    assert mwb("send", "--json").returncode == 0 and receiver.titles[-1] == "decided"
+    rows = json.loads(mwb("list", "--json").stdout)
+    assert [(row["title"], row["status"], row["attempts"]) for row in rows] == [
+        ("decided", "sent", 2)
+    ]
+    for done in (failed, trial):
+        assert TOKEN not in done.stdout + done.stderr

@@ -84,24 +84,29 @@ class Change:
     def set_slot(self, slot: str, digest: str, expected_epoch: int) -> int:
         """Fill a slot if its epoch is still the expected one (0: it is new); the new epoch.
 
-        ConflictError when another process changed it, LedgerError for a release that is unknown
-        or barred.
+        A slot named "data:NAME" holds the reference of a data version, every other one the digest
+        of a release. ConflictError when another process changed the slot, LedgerError for a
+        release that is unknown or barred.
         """
-        status = self._connection.scalar(
-            select(releases.c.status).where(releases.c.digest == digest)
-        )
-        if status is None:
-            raise _no_such_release(digest)
-        if status == "barred":
-            raise LedgerError(
-                f"expected a release that may serve, found {digest[:12]} barred; choose another"
-            )
+        if not slot.startswith("data:"):
+            self._check_may_serve(digest)
+        digest = plain_text(digest)
         row = {"digest": digest, "epoch": expected_epoch + 1, "updated_at": iso(now())}
         if not self._swap(slot, row, expected_epoch):
             raise self._slot_conflict(slot, expected_epoch)
         stored = self._connection.execute(select(slots).where(slots.c.name == slot)).one()
         self._note("slots", slot, dict(stored._mapping))
         return expected_epoch + 1
+
+    def _check_may_serve(self, digest: str) -> None:
+        query = select(releases.c.status).where(releases.c.digest == digest)
+        status = self._connection.scalar(query)
+        if status is None:
+            raise _no_such_release(digest)
+        if status == "barred":
+            raise LedgerError(
+                f"expected a release that may serve, found {digest[:12]} barred; choose another"
+            )
 
     def _swap(self, slot: str, row: dict[str, Any], expected_epoch: int) -> bool:
         if expected_epoch > 0:

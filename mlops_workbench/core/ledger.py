@@ -67,7 +67,7 @@ class SlotRow:
     """Which release fills a slot."""
 
     name: str
-    digest: str
+    digest: str  # of a release; in a slot "data:NAME" the reference of a data version
     previous_digest: str | None
     epoch: int  # rises with each change
     updated_at: str

@@ -18,7 +18,7 @@ from typing import Any
 import sqlalchemy
 from sqlalchemy import CheckConstraint, Column, Connection, Engine, Integer, MetaData, Table, Text
 
-from .errors import ConflictError, LedgerError, shorten
+from .errors import LedgerError, shorten
 from .files import file_lock
 
 # %% ../../nbs/core/09_ledger_schema.ipynb #47528810
@@ -55,7 +55,7 @@ slots = Table(
     "slots",
     metadata,
     Column("name", Text, primary_key=True),
-    Column("digest", Text, sqlalchemy.ForeignKey("releases.digest"), nullable=False),
+    Column("digest", Text, nullable=False),  # of a release; in a slot "data:NAME" a data version
     Column("previous_digest", Text),
     Column("epoch", Integer, nullable=False),
     Column("updated_at", Text, nullable=False),
@@ -191,7 +191,6 @@ def _prepare_sqlite_connection(connection: Any, _record: object) -> None:
     for pragma in (
         f"busy_timeout = {BUSY_TIMEOUT_SECONDS * 1000}",
         "synchronous = FULL",
-        "foreign_keys = ON",
     ):
         connection.execute(f"PRAGMA {pragma}")
 
@@ -228,7 +227,7 @@ def open_engine(url: str) -> Engine:
 def transaction(engine: Engine, *, writes: bool = False) -> Iterator[Connection]:
     """One transaction: committed at the end of the block, rolled back when it raises.
 
-    LedgerError when the database fails; ConflictError when another writer kept it locked.
+    LedgerError when the database fails or another writer keeps it locked.
     """
     name = engine.url.render_as_string(hide_password=True)
     options: dict[str, Any] = {"ledger_writes": writes}
@@ -241,14 +240,11 @@ def transaction(engine: Engine, *, writes: bool = False) -> Iterator[Connection]
         ):
             yield connection
     except sqlalchemy.exc.DBAPIError as error:
+        advice = "check that the database is there and whole"
         if "database is locked" in str(error.orig):
-            raise ConflictError(
-                f"expected to write to {name} within {BUSY_TIMEOUT_SECONDS} s, found it locked by "
-                "another process; try again"
-            ) from error
+            advice = f"another process has been writing for {BUSY_TIMEOUT_SECONDS} s, try again"
         raise LedgerError(
-            f"expected to use the ledger {name}, found: {_short_reason(error)}; "
-            "check that the database is there and whole"
+            f"expected to use the ledger {name}, found: {_short_reason(error)}; {advice}"
         ) from error
 
 # %% ../../nbs/core/09_ledger_schema.ipynb #b7a96216
