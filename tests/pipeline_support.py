@@ -1,15 +1,20 @@
 """Small workspaces with tiny stages for the tests of the pipeline."""
 
+import atexit
 import json
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
-
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from mlops_workbench.core.workspace import Workspace, create_workspace
+from mlops_workbench.pipeline.kernels import stop_parents
 
 OPEN = "from mlops_workbench.pipeline.stage import open_stage"
 
@@ -89,3 +94,46 @@ def mwb(
 def clean_environment() -> dict[str, str]:
     """The environment without what a surrounding run of the workbench may have left in it."""
     return {name: value for name, value in os.environ.items() if not name.startswith("MWB_")}
+
+
+_shared: dict[str, Path] = {}
+
+
+def share_kernels(workspace: Workspace) -> Workspace:
+    """Let all test workspaces of this process use one pre-warmed parent; it ends with the process."""
+    if "folder" not in _shared:
+        _shared["folder"] = Path(tempfile.mkdtemp(prefix="mwb-test-kernels-"))
+        atexit.register(_stop_shared)
+    workspace.state.mkdir(parents=True, exist_ok=True)
+    workspace.kernels.symlink_to(_shared["folder"], target_is_directory=True)
+    return workspace
+
+
+def _stop_shared() -> None:
+    stop_parents(_shared["folder"])
+    shutil.rmtree(_shared["folder"], ignore_errors=True)
+
+
+def tracked_runs(workspace: Workspace) -> list[dict[str, Any]]:
+    """The tracker's runs as it stores them: name, status, and the metrics, parameters and tags of each."""
+    database = workspace.tracking_uri.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(database)) as connection:
+        runs = [
+            {"id": row[0], "name": row[1], "status": row[2]}
+            for row in connection.execute(
+                "SELECT run_uuid, name, status FROM runs ORDER BY start_time"
+            )
+        ]
+        for run in runs:
+            for table in ("params", "tags", "latest_metrics"):
+                query = f"SELECT key, value FROM {table} WHERE run_uuid = ?"
+                run[table] = dict(connection.execute(query, (run["id"],)).fetchall())
+    return runs
+
+
+def run_folders(workspace: Workspace) -> list[str]:
+    """The folders of all runs, relative to runs/."""
+    return sorted(
+        path.parent.relative_to(workspace.runs).as_posix()
+        for path in workspace.runs.glob("*/*/run.json")
+    )
