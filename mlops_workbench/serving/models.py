@@ -17,27 +17,23 @@ from numpy.typing import NDArray
 from ..core.bundle import BundleManifest, verify_bundle
 from ..core.errors import BundleError, ServingError, shorten
 from ..core.features import Feature, FeatureSchema
-from ..core.files import sha256_bytes
 
 # %% auto #0
 __all__ = ['open_session', 'LoadedModel', 'run_session', 'checked_probabilities', 'warm_up_values', 'warm_up_rows', 'warm_up',
-           'load_model', 'read_verified', 'check_signature']
+           'load_model', 'check_signature']
 
-# %% ../../nbs/serving/00_models.ipynb #9187b1b2
-def open_session(model: bytes, folder: Path) -> ort.InferenceSession:
+# %% ../../nbs/serving/00_models.ipynb #eb0a539b
+def open_session(path: Path) -> ort.InferenceSession:
     """Open an ONNX graph on the CPU with one thread; BundleError when the runtime refuses it."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # failures are raised, not printed
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(folder)
-    )
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's errors share no base of their own
         raise BundleError(
-            f"expected an ONNX model that opens in {folder}, found: {shorten(str(error), 300)}; "
+            f"expected an ONNX model that opens in {path}, found: {shorten(str(error), 300)}; "
             "export the release again"
         ) from error
 
@@ -151,23 +147,12 @@ def load_model(
 ) -> LoadedModel:
     """Verify, open and warm a release; IntegrityError for a changed file, BundleError for a model that cannot serve."""
     manifest = verify_bundle(folder, expected_digest)
-    schema = FeatureSchema.model_validate_json(read_verified(folder, manifest, "features.json"))
-    session = open_session(read_verified(folder, manifest, "model.onnx"), folder)
+    schema = FeatureSchema.model_validate_json((folder / "features.json").read_bytes())
+    session = open_session(folder / "model.onnx")
     check_signature(session, schema, manifest)
     model = LoadedModel(manifest, schema, session)
     warm_up(model)
     return model
-
-# %% ../../nbs/serving/00_models.ipynb #8869828a
-def read_verified(folder: Path, manifest: BundleManifest, name: str) -> bytes:
-    """The bytes of one file of a bundle, hashed as read; BundleError when absent or changed."""
-    content = (folder / name).read_bytes()
-    if manifest.files.get(name) != sha256_bytes(content):
-        raise BundleError(
-            f"expected {name} in {folder} to have sha256 {manifest.files.get(name)}, "
-            f"found {sha256_bytes(content)}; restore the bundle or build it again"
-        )
-    return content
 
 # %% ../../nbs/serving/00_models.ipynb #3d849b88
 def check_signature(
