@@ -139,7 +139,7 @@ def add_release(workspace: Workspace, name: str, profile: Mapping[str, Any]) -> 
     write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
     ledger = Ledger(workspace.ledger_url)
     with ledger.decision(
-        "deploy", actor="test", subject=name, verdict="deployed", reason="test"
+        "gate", actor="test", subject=name, verdict="approved", reason="test"
     ) as change:
         change.add_release(manifest, status="approved", path=folder)
     ledger.close()
@@ -152,7 +152,12 @@ def point_to(workspace: Workspace, digest: str) -> None:
     ledger = Ledger(workspace.ledger_url)
     slot, release = ledger.slot("champion"), ledger.release(digest)
     with ledger.decision(
-        "deploy", actor="test", subject=release.name, verdict="deployed", reason="test"
+        "deploy",
+        actor="test",
+        subject=release.name,
+        verdict="deployed",
+        reason="test",
+        evidence={"digest": digest},
     ) as change:
         epoch = change.set_slot("champion", digest, slot.epoch if slot else 0)
     ledger.close()

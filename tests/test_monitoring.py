@@ -19,6 +19,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from monitoring_support import (
     FLIGHTS,
     add_release,
@@ -33,21 +34,28 @@ from monitoring_support import (
     write_log,
 )
 
+from mlops_workbench.cli.monitor import monitor, watch_once
 from mlops_workbench.core.errors import ConflictError, DataError, IntegrityError, SettingsError
+from mlops_workbench.core.features import Feature, FeatureSchema
 from mlops_workbench.core.journal import JournalWriter
 from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.core.pointer import read_pointer
 from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.data.versions import DataStore
 from mlops_workbench.monitoring import partitions
 from mlops_workbench.monitoring.alerts import RequestedAction, read_book, write_book
 from mlops_workbench.monitoring.champion import read_champion
+from mlops_workbench.monitoring.decide_update import UpdateDecision, decide_update, gather_inputs
 from mlops_workbench.monitoring.drift import drift
 from mlops_workbench.monitoring.estimates import NOT_ENOUGH_DATA
 from mlops_workbench.monitoring.monitor import monitor_once
 from mlops_workbench.monitoring.partitions import compact, read_catalogue
 from mlops_workbench.monitoring.prediction_store import Window, read_window
+from mlops_workbench.monitoring.profile import build_profile
 from mlops_workbench.monitoring.quality import window_quality
 from mlops_workbench.monitoring.report import render_report, report_tables
 from mlops_workbench.monitoring.service import window_service
+from mlops_workbench.serving.prediction_log import PredictionLog
 
 START = 1364803200.0  # 2013-04-01 08:00 UTC
 HOUR = 3600.0
@@ -305,6 +313,25 @@ def test_hostile_rows_do_not_break_the_window(tmp_path: Path) -> None:
     assert report.rows == 4
 
 
+def test_the_log_of_the_real_server_is_read(tmp_path: Path) -> None:
+    """Its segments are closed by size; the open one is read where it lies and left to it."""
+    records = april(300)
+    log = PredictionLog(tmp_path, sync_interval_ms=0, segment_bytes=65_536)
+    for start in range(0, len(records), 50):
+        log.append(records[start : start + 50])
+    for _ in range(200):  # closed segments are synced by a thread of their own
+        if compact(tmp_path, older_than_seconds=0).segments_removed == 0 and (
+            len(list((tmp_path / "segments").iterdir())) == 1
+        ):
+            break
+        time.sleep(0.05)
+    assert len(list((tmp_path / "segments").iterdir())) == 1
+    log.append([{**records[0], "id": "one more"}])
+    window = read_window(tmp_path, START, START + 2 * HOUR)
+    log.close()
+    assert len(window.predictions) == 301 and len(window.errors) == 3
+
+
 # ---------------------------------------------------------------------------------------------
 # the monitor
 
@@ -533,6 +560,83 @@ def test_parts_of_a_window_are_judged_one_after_the_other(
     assert len(traffic.look(span, windows=2).events) == 2
 
 
+def test_the_command_rolls_back_by_itself_and_bars_the_release(
+    tmp_path: Path, profile: dict[str, Any]
+) -> None:
+    workspace = rules_workspace(tmp_path, {**BAD, "alert.quality.for_windows": 1})
+    first = add_release(workspace, "flights-r1", profile)
+    second = add_release(workspace, "flights-r2", {**profile, "note": "r2"})
+    span = Traffic(workspace).hour(second, shift=0.5)
+    options = ["-w", str(workspace.root), "--since", str(span[0]), "--until", str(span[1])]
+    answer = CliRunner().invoke(monitor, ["once", *options])
+    assert answer.exit_code == 0 and "rollback: done" in answer.output, answer.output
+    ledger = Ledger(workspace.ledger_url)
+    slot, releases = ledger.slot("champion"), {row.digest: row for row in ledger.releases()}
+    assert slot is not None and slot.digest == first
+    assert releases[second].status == "barred"
+    assert "brier" in ledger.decisions(kind="rollback")[0].reason
+    pointer = read_pointer(workspace.pointer_path)
+    assert pointer is not None and pointer.slots["champion"].digest == first
+
+
+def test_pictures_that_grow_dark_are_noticed(tmp_path: Path) -> None:
+    features = FeatureSchema(
+        features=(Feature(name="image", kind="image", maximum=16, shape=(1, 8, 8)),),
+        classes=tuple("0123456789"),
+        label="digit",
+        key=None,
+    )
+    generator = np.random.default_rng(0)
+
+    def pictures(count: int, light: float) -> pd.DataFrame:
+        raw = generator.integers(0, 17, (count, 1, 8, 8)) * light
+        sure = generator.dirichlet(np.full(10, 0.2), count)
+        return pd.DataFrame({"image": raw.tolist(), "probabilities": list(sure)})
+
+    held_out = pictures(500, 1.0)
+    made = build_profile(pictures(900, 1.0), features, np.array(held_out["probabilities"].tolist()))
+    quiet, dark = (drift(made, pictures(300, light), features) for light in (1.0, 0.7))
+    assert quiet.verdict == "not moved" and len(quiet.everything) == 5
+    moved = {column.column: column.direction for column in dark.everything if column.moved}
+    assert "left" in moved["image brightness"] and "prediction" not in moved
+    tables = report_tables(made, pictures(300, 0.7), features)
+    names = ["image brightness", "image contrast", "image sharpness", "prediction", "confidence"]
+    assert list(tables[0].columns) == list(tables[1].columns) == names
+
+
+def test_the_decision_to_train_again_knows_what_is_new(
+    tmp_path: Path, profile: dict[str, Any]
+) -> None:
+    workspace = make_workspace(tmp_path, update__minimum_new_rows=50)
+    rows = draw_rows(np.random.default_rng(0), 150).drop(columns="probabilities")
+    rows["late"], rows["flight"] = np.arange(150) % 2, [f"f{number}" for number in range(150)]
+    store = DataStore(workspace)
+    store.snapshot("flights", rows.head(100), key="flight", label="late", message="winter")
+    assert decide(workspace).summary == "retrain: no release serves yet"
+    digest = add_release(workspace, "flights-r1", profile)
+    span = Traffic(workspace).hour(digest, shift=0.3)
+    monitor_once(workspace, since=span[0], until=span[1])
+    waiting = decide(workspace)
+    assert (
+        not waiting.retrain and "nothing new to learn from beyond flights@v1.0" in waiting.summary
+    )
+    assert {reason.name for reason in waiting.reasons if reason.speaks} >= {"schedule", "quality"}
+    assert decide(workspace, waiting_rows=60).verdict == "retrain"
+    store.snapshot("flights", rows, key="flight", label="late", message="April")
+    now = decide(workspace)
+    assert now.retrain and "50 new labelled rows" in now.summary
+    assert "late" not in {reason["name"] for reason in now.trigger["reasons"]}
+    ledger = Ledger(workspace.ledger_url)
+    with ledger.decision("data", actor="t", subject="x", verdict="v", reason="back") as change:
+        change.set_slot("data:flights", "flights@v1.0", 0)
+    assert decide(workspace).verdict == "wait"  # after a rollback the next cycle begins with v1.0
+
+
+def decide(workspace: Workspace, waiting_rows: int = 0) -> UpdateDecision:
+    inputs = gather_inputs(workspace, waiting_rows=waiting_rows)
+    return decide_update(inputs, workspace.settings.update)
+
+
 def test_a_rule_about_an_unknown_figure_is_refused(tmp_path: Path) -> None:
     rule = {"alert.x.metric": "acuracy", "alert.x.operator": "below", "alert.x.threshold": 0.5}
     workspace = rules_workspace(tmp_path, rule)
@@ -615,8 +719,6 @@ def test_the_report_opens_without_a_network(report_page: Path) -> None:
 def test_the_watch_survives_what_passes(
     tmp_path: Path, profile: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mlops_workbench.cli.monitor import watch_once
-
     workspace = make_workspace(tmp_path)
     add_release(workspace, "flights-r1", profile)
     path = workspace.bundles / "flights-r1" / "profile.json"

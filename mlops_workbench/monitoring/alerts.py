@@ -101,14 +101,18 @@ def next_state(
         return seen, ""
     return replace(seen, firing=False, since=until, action_open=False), "over"
 
+# %% ../../nbs/monitoring/07_alerts.ipynb #80a744d4
+def _in_a_row(windows: int) -> str:
+    return f"in {windows} windows in a row" if windows > 1 else "in one window"
+
 # %% ../../nbs/monitoring/07_alerts.ipynb #e7347b48
 def _say(rule: AlertRule, value: float | None, what: str) -> str:
     """The event in words."""
     figure = "no value" if value is None else f"{value:.4g}"
     side = f"{rule.operator} {rule.threshold:g}"
     return {
-        "firing": f"{rule.metric} is {figure}, {side}, in {rule.for_windows} windows in a row",
-        "over": f"{rule.metric} is {figure}, no longer {side}, in {rule.clear_windows} windows in a row",
+        "firing": f"{rule.metric} is {figure}, {side}, {_in_a_row(rule.for_windows)}",
+        "over": f"{rule.metric} is {figure}, no longer {side}, {_in_a_row(rule.clear_windows)}",
         "no data": f"{rule.metric} can no longer be judged: not enough data; the alarm stays on",
         "closed": f"{rule.metric}: the release it was about serves no longer",
     }[what]

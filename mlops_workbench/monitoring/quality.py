@@ -40,7 +40,7 @@ def _ranking_parts(positive: NDArray[np.bool_], scores: NDArray[np.float64]) -> 
     parts[~positive] = (1 - below - area) / negatives
     return area, parts
 
-# %% ../../nbs/monitoring/03_quality.ipynb #1041ab12
+# %% ../../nbs/monitoring/03_quality.ipynb #5c6f0e9b
 def _auc(
     labels: NDArray[np.int64], probabilities: NDArray[np.float64], confidence: float
 ) -> Estimate:
@@ -66,7 +66,7 @@ def _auc(
         len(labels),
     )
 
-# %% ../../nbs/monitoring/03_quality.ipynb #9e63c556
+# %% ../../nbs/monitoring/03_quality.ipynb #0acdc38b
 def _recall(
     labels: NDArray[np.int64], hit: NDArray[np.bool_], classes: int, confidence: float
 ) -> Estimate:
@@ -304,7 +304,7 @@ FIGURE_WORDS = {
 # %% ../../nbs/monitoring/03_quality.ipynb #2941a0e7
 @dataclass(frozen=True)
 class QualityComparison:
-    """What moved since the evaluation, the largest difference first."""
+    """What moved since the evaluation, the clearest change first."""
 
     verdict: str  # "moved", "not moved" or "not enough data"
     changes: list[FigureChange]
@@ -314,7 +314,7 @@ class QualityComparison:
         """The comparison as plain JSON values."""
         return asdict(self)
 
-# %% ../../nbs/monitoring/03_quality.ipynb #5aefeab0
+# %% ../../nbs/monitoring/03_quality.ipynb #6f95c5be
 def _figure_change(
     figure: str, now: Estimate, reference: Estimate, confidence: float
 ) -> FigureChange:
@@ -367,7 +367,7 @@ def compare_to_reference(
         FigureChange(**{**asdict(c), "moved": hit and abs(c.difference) >= minimum_difference})
         for c, hit in zip(changes, rejected, strict=True)
     ]
-    marked.sort(key=lambda change: -abs(change.difference))
+    marked.sort(key=lambda change: -abs(change.difference) / max(change.high - change.low, 1e-12))
     moved = any(change.moved for change in marked)
     return QualityComparison("moved" if moved else "not moved", marked, _summary(marked))
 

@@ -137,6 +137,18 @@ def write_html(
         html = Path(folder, "report.html").read_text()
     write_atomic(out, sealed(html, f"{drift['summary']}. Method: {drift['method']}."))
 
+# %% ../../nbs/monitoring/11_report.ipynb #7dd76efc
+def _storable(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with plain columns: what is no number becomes text, gaps stay gaps."""
+    plain = table.copy()
+    for name in plain.columns:
+        if plain[name].dtype == object:
+            texts = [
+                None if v is None or v is pd.NA or v != v else str(v)[:200] for v in plain[name]
+            ]
+            plain[name] = pd.Series(texts, index=plain.index, dtype=object)
+    return plain
+
 # %% ../../nbs/monitoring/11_report.ipynb #629da1f3
 def render_report(
     window: pd.DataFrame,
@@ -157,7 +169,7 @@ def render_report(
         )
     with tempfile.TemporaryDirectory() as folder:
         for name, table in (("window", window), ("reference", reference)):
-            table.to_parquet(Path(folder, f"{name}.parquet"))
+            _storable(table).to_parquet(Path(folder, f"{name}.parquet"))
         everything = {"columns": [vars(column) for column in drift.everything]}
         write_json(
             Path(folder, "drift.json"),
