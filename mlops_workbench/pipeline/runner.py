@@ -131,6 +131,11 @@ class StageOutcome:
     failure: Failure | None = None
 
     @property
+    def refused(self) -> bool:
+        """Whether the stage finished and its verdict is that its object is below standard."""
+        return self.verdict == "refused"
+
+    @property
     def notebook(self) -> Path:
         """The executed notebook."""
         return self.folder / NOTEBOOK_FILE
@@ -151,11 +156,16 @@ class CycleResult:
         return all(stage.status in ("finished", "reused") for stage in self.stages)
 
     @property
+    def refused(self) -> bool:
+        """Whether a stage finished with the verdict that ends the cycle: a batch or a release is below standard."""
+        return any(stage.refused for stage in self.stages)
+
+    @property
     def exit_code(self) -> int:
-        """The exit code for the command line: that of the refusal which a stage ended with, else 1."""
+        """The exit code for the command line: 4 after a verdict "refused", that of the error which ended a stage, else 1."""
         failure = next((stage.failure for stage in self.stages if stage.failure is not None), None)
         if failure is None:
-            return 0
+            return errors.GateRefusedError.exit_code if self.refused else 0
         kind = getattr(errors, failure.name, None)
         return kind.exit_code if isinstance(kind, type) and issubclass(kind, WorkbenchError) else 1
 

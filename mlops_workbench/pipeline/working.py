@@ -73,7 +73,7 @@ def work(
         outcomes: list[StageOutcome] = []
         for position, stage in enumerate(plan.stages, 1):
             outcomes.append(_one_stage(job, stage, position))
-            if outcomes[-1].failure is not None:
+            if outcomes[-1].failure is not None or outcomes[-1].refused:
                 break
         if closed.done() and closed.exception() is not None:
             plan.progress(Progress("recovered", text=str(closed.exception())))
