@@ -1,5 +1,6 @@
 """The prediction server as a process: answers, swaps, crashes, broken releases, a full disk."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -431,6 +432,10 @@ def test_swaps_under_load_fail_no_request(tmp_path: Path) -> None:
         load.stop()
     assert not load.failures, load.failures[:3]
     assert len(load.answers) > 200
+    said = {
+        each["id"]: body["digest"] for _, _, body in load.answers for each in body["predictions"]
+    }
+    assert said == {record["id"]: record["release"] for record in logged(workspace.predictions)}
     ends = [begin for begin, _, _ in swapped[1:]] + [float("inf")]
     for (begin, wanted, seconds), end in zip(swapped, ends, strict=True):
         # between the moment a swap was seen and the next wish only one release may answer
@@ -716,19 +721,29 @@ def test_a_full_disk_is_said_aloud_and_recovered_from(tmp_path: Path, bundle: Pa
         inside = Path(f"/proc/{process.pid}/root{disk}")
         acknowledged = []
         for number in range(2_000):
-            answer = client.post("/predict", {"row": ROW, "id": f"before-{number}"})
+            ids = [f"before-{number}-{row}" for row in range(1 + number % 20)]
+            answer = client.post("/predict", {"rows": [ROW] * len(ids), "ids": ids})
             if answer.status != 200:
                 break
-            acknowledged.append(f"before-{number}")
+            acknowledged += ids
         assert answer.status == 503
-        assert "No space left on device" in answer.body["error"]
+        assert "Errno 28" in answer.body["error"]
         assert "prediction log" in answer.body["error"]
         assert answer.headers["retry-after"]
-        refused = client.post("/feedback", {"feedback": [{"id": "before-1", "label": "late"}]})
+        with contextlib.suppress(OSError), (inside / "filler").open("wb", buffering=0) as filler:
+            while filler.write(b"x"):  # what the refused rows gave back is taken too
+                pass
+        for number in range(100):  # the page that the refusal was written to has room for some
+            answer = client.post("/predict", {"row": ROW, "id": f"last-{number}"})
+            if answer.status != 200:
+                break
+            acknowledged.append(f"last-{number}")
+        assert answer.status == 503
+        refused = client.post("/feedback", {"feedback": [{"id": "before-1-0", "label": "late"}]})
         assert refused.status == 503
         health = client.get("/health").body
         assert health["status"] == "degraded"
-        assert "No space left" in health["log"]["last_failure"]
+        assert "No space left on device" in health["log"]["last_failure"]
         metrics = client.get("/metrics").body.decode()
         failed = next(
             line for line in metrics.splitlines() if line.startswith("mwb_log_failures_t")
@@ -739,7 +754,7 @@ def test_a_full_disk_is_said_aloud_and_recovered_from(tmp_path: Path, bundle: Pa
             answer = client.post("/predict", {"row": ROW, "id": f"after-{number}"})
             assert answer.status == 200, answer.body
             acknowledged.append(f"after-{number}")
-        accepted = client.post("/feedback", {"feedback": [{"id": "before-1", "label": "late"}]})
+        accepted = client.post("/feedback", {"feedback": [{"id": "before-1-0", "label": "late"}]})
         assert accepted.body["accepted"] == 1, "the refused try was not remembered"
         assert client.get("/health").body["status"] == "ok"
         from mlops_workbench.core.journal import read_journal
@@ -750,7 +765,8 @@ def test_a_full_disk_is_said_aloud_and_recovered_from(tmp_path: Path, bundle: Pa
             for record in read_journal(segment).records
             if record["kind"] == "prediction"
         ]
-        assert [each for each in found if each in set(acknowledged)] == acknowledged
+        assert found == acknowledged, "a refused request left nothing behind"
+        assert len(list((inside / "predictions" / "segments").iterdir())) <= 4
     finally:
         process.kill()
         process.wait()

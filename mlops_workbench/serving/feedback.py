@@ -5,6 +5,8 @@
 # %% ../../nbs/serving/03_feedback.ipynb #a146f8df
 from __future__ import annotations
 
+import threading
+
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,12 +64,14 @@ class FeedbackBook:
         remember_feedback: int = 100_000,  # at least; twice as many at most
     ) -> None:
         self._predictions = RecentMemory(remember_predictions)
+        self._lock = threading.Lock()  # predictions are answered in several threads
         self._said = RecentMemory(remember_feedback)
 
     def add_predictions(self, ids: Iterable[str]) -> None:
         """Remember that these were answered."""
-        for prediction_id in ids:
-            self._predictions.put(prediction_id)
+        with self._lock:
+            for prediction_id in ids:
+                self._predictions.put(prediction_id)
 
     def judge(self, items: Sequence[FeedbackItem]) -> tuple[list[FeedbackItem], FeedbackCounts]:
         """The items that are news, and the counts; nothing is remembered yet."""
@@ -94,7 +98,7 @@ class FeedbackBook:
     def replay(self, record: Mapping[str, Any]) -> None:
         """Remember what stands in the log of an earlier server."""
         if record["kind"] == "prediction":
-            self._predictions.put(record["id"])
+            self.add_predictions([record["id"]])
         elif record["kind"] == "feedback":
             kind = "label" if "label" in record else "click"
             self._said.put((record["id"], kind), hash(record[kind]))

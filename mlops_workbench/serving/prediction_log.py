@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import threading
-import time
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,18 +17,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..core.clock import now
+from ..core.clock import now, timestamp
 from ..core.errors import ServingError, WorkbenchError
 from ..core.journal import JournalWriter, read_journal
 
 # %% auto #0
-__all__ = ['segment_name', 'PredictionLogError', 'PredictionLog', 'is_open', 'ends_whole', 'Recovery', 'recover_segments',
-           'recent_records', 'file_bytes']
+__all__ = ['logger', 'segment_name', 'PredictionLogError', 'PredictionLog', 'is_open', 'ends_whole', 'Recovery',
+           'recover_segments', 'recent_records', 'file_bytes']
 
 # %% ../../nbs/serving/02_prediction_log.ipynb #e882a1be
 def segment_name(moment: datetime, process: int, number: int) -> str:
     """The file name of a segment; names of later segments sort behind earlier ones."""
     return f"{moment:%Y%m%dT%H%M%S}{moment.microsecond // 1000:03d}-{process}-{number:06d}.log"
+
+# %% ../../nbs/serving/02_prediction_log.ipynb #174a8158
+logger = logging.getLogger(__name__)
 
 # %% ../../nbs/serving/02_prediction_log.ipynb #d6992b9c
 class PredictionLogError(ServingError):
@@ -59,16 +62,19 @@ class PredictionLog:
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append records in one write; when this returns they outlive the process.
 
-        PredictionLogError when they could not be written, for instance to a full disk.
+        PredictionLogError when they could not be written, for instance to a full disk; then none of them is in the log.
         """
         lines = list(records)
         with self._lock:
+            size = 0
             try:
-                self._current().append_many(lines)
+                writer = self._current()
+                size = writer.size()
+                writer.append_many(lines)
             except (WorkbenchError, OSError) as error:
                 self.failures += len(lines)
                 self.last_failure = f"{error}"
-                self._drop()
+                self._abandon(size)
                 raise PredictionLogError(
                     f"expected to write {len(lines)} records to the prediction log, found: {error}; "
                     "nothing was answered, try again when there is room"
@@ -79,35 +85,48 @@ class PredictionLog:
     def close(self) -> None:
         """Sync and close the open segment."""
         with self._lock:
-            if self._writer is not None:
-                writer, self._writer = self._writer, None
-                writer.close()
+            writer, self._writer = self._writer, None
+        if writer is not None:
+            self._close(writer)
 
     def _current(self) -> JournalWriter:
         """The open segment, or a new one when it is full or the hour is over."""
-        hour = int(time.time() // 3600)
+        hour = int(timestamp() // 3600)
         writer = self._writer
         if writer is not None and hour == self._hour and writer.size() < self.segment_bytes:
             return writer
         if writer is not None:
             self._writer = None
-            threading.Thread(
-                target=writer.close, name="close segment"
-            ).start()  # syncing takes time
+            threading.Thread(target=self._close, args=(writer,), name="close segment").start()
         self._segments += 1
         self._hour = hour
         path = self.folder / segment_name(now(), os.getpid(), self._segments)
         self._writer = JournalWriter(path, sync_interval_ms=self.sync_interval_ms)
         return self._writer
 
-    def _drop(self) -> None:
-        """Close a segment that failed; its own failure to sync adds nothing to what is known."""
+    def _close(self, writer: JournalWriter) -> bool:
+        """Sync and close a segment; False when its last records may not have reached the disk."""
+        try:
+            writer.close()
+        except (WorkbenchError, OSError) as error:
+            self.last_failure = f"{error}"
+            logger.error("expected to sync %s, found: %s", writer.path, error)
+            return False
+        return True
+
+    def _abandon(self, size: int) -> None:
+        """Close the segment that failed and cut what the failed write left behind `size` bytes."""
         writer, self._writer = self._writer, None
-        if writer is not None:
-            try:
-                writer.close()
-            except (WorkbenchError, OSError) as error:
-                self.last_failure = f"{self.last_failure}; closing failed too: {error}"
+        if writer is None:
+            return
+        self._close(writer)
+        try:
+            if size:
+                os.truncate(writer.path, size)
+            else:
+                writer.path.unlink()
+        except OSError as error:
+            logger.error("expected to cut %s to %d bytes, found: %s", writer.path, size, error)
 
 # %% ../../nbs/serving/02_prediction_log.ipynb #6aefde91
 def is_open(segment: Path) -> bool:

@@ -5,6 +5,7 @@
 # %% ../../nbs/serving/07_service.ipynb #a8fabaa0
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
@@ -109,16 +110,15 @@ class RequestNames:
 
     def __init__(self) -> None:
         self._prefix = os.urandom(6).hex()
-        self._number = 0
+        self._numbers = itertools.count(1)  # two threads never get the same
 
     def next(self) -> str:
         """A new name."""
-        self._number += 1
-        return f"{self._prefix}-{self._number:x}"
+        return f"{self._prefix}-{next(self._numbers):x}"
 
 # %% ../../nbs/serving/07_service.ipynb #7751b4b4
 class PredictionService:
-    """Answers, remembers and records; `predict` may be called from several threads, the rest from one."""
+    """Answers, remembers and records; `predict` may run in several threads, the rest in one."""
 
     def __init__(self, *, pointer_path: Path, predictions: Path, settings: ServingSettings) -> None:
         self.predictions = predictions
