@@ -96,5 +96,6 @@ flights = FlightsRecipe(
     descriptions=DESCRIPTIONS,
     time_column="flight_id",
     time_pattern=r"\d{4}-\d\d-\d\dT\d\d",
+    group_pattern=r"\d{4}-\d\d-\d\d",
     slices=("origin", "carrier"),
 )

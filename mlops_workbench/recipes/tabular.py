@@ -130,6 +130,8 @@ class TabularRecipe:
         time_column: str | None = None,  # ISO text; makes test rows the latest ones
         time_pattern: str
         | None = None,  # regular expression that finds the time inside time_column
+        group_pattern: str
+        | None = None,  # finds in the key what keeps rows together, such as the day
         slices: Sequence[str] = (),
         entity: str | None = None,
         descriptions: Mapping[str, str] | None = None,  # column -> words for people
@@ -154,6 +156,7 @@ class TabularRecipe:
         self._numbered = key is None
         self._source = source
         self._time_pattern = time_pattern
+        self._group_pattern = group_pattern
         self._parameters = {**DEFAULT_PARAMETERS, **(parameters or {})}
         self._grid = dict(grid) if grid is not None else None
         self.features = FeatureSchema(
@@ -244,7 +247,11 @@ class TabularRecipe:
         return text
 
     def split(self, frame: pd.DataFrame) -> "pd.Series[str]":
-        """By time where there is a time column, else by the key's hash."""
+        """By the hash of the rows' group where groups are declared, else by time, else by the key's hash."""
+        if self._group_pattern:
+            keys = frame[str(self.features.key)].astype(str)
+            groups = keys.str.extract(f"({self._group_pattern})", expand=False)
+            return split_by_hash(groups.fillna(keys))
         if self.time_column:
             return split_by_time(self.times(frame))
         return split_by_hash(frame[str(self.features.key)])
