@@ -118,7 +118,9 @@ def _open_database(
     predictions: Path, log: _Log, since: float, until: float
 ) -> duckdb.DuckDBPyConnection:
     """DuckDB with the tables of the log that can matter for this window."""
-    database = duckdb.connect(config={"threads": 2, "autoinstall_known_extensions": False})
+    settings: dict[str, Any] = {"threads": 2, "autoinstall_known_extensions": False}
+    settings["temp_directory"] = str(predictions / ".spill")  # not the folder we happen to be in
+    database = duckdb.connect(config=settings)
     reach = {
         "prediction": (since - ORPHAN_LOOK_BACK_SECONDS, float("inf")),
         "error": (since, until),

@@ -40,7 +40,7 @@ def _ranking_parts(positive: NDArray[np.bool_], scores: NDArray[np.float64]) -> 
     parts[~positive] = (1 - below - area) / negatives
     return area, parts
 
-# %% ../../nbs/monitoring/03_quality.ipynb #5c6f0e9b
+# %% ../../nbs/monitoring/03_quality.ipynb #f488c5e5
 def _auc(
     labels: NDArray[np.int64], probabilities: NDArray[np.float64], confidence: float
 ) -> Estimate:
@@ -66,7 +66,7 @@ def _auc(
         len(labels),
     )
 
-# %% ../../nbs/monitoring/03_quality.ipynb #0acdc38b
+# %% ../../nbs/monitoring/03_quality.ipynb #78997e86
 def _recall(
     labels: NDArray[np.int64], hit: NDArray[np.bool_], classes: int, confidence: float
 ) -> Estimate:
@@ -285,14 +285,15 @@ class FigureChange:
     high: float
     p_value: float
     moved: bool
+    title: str  # the figure's name in words
 
     def words(self) -> str:
         """The change as a person says it."""
-        return f"{FIGURE_WORDS[self.figure]} {self.reference:.3f} -> {self.now:.3f}"
+        return f"{self.title} {self.reference:.3f} -> {self.now:.3f}"
 
 # %% ../../nbs/monitoring/03_quality.ipynb #0fc85b86
 FIGURE_WORDS = {
-    "label_share": "share of the positive label",
+    "label_share": "share of {positive}",
     "calibration_bias": "promised minus observed",
     "auc": "AUC",
     "brier": "Brier score",
@@ -316,7 +317,7 @@ class QualityComparison:
 
 # %% ../../nbs/monitoring/03_quality.ipynb #6f95c5be
 def _figure_change(
-    figure: str, now: Estimate, reference: Estimate, confidence: float
+    figure: str, title: str, now: Estimate, reference: Estimate, confidence: float
 ) -> FigureChange:
     """The difference of two measured figures with a normal interval."""
     assert now.value is not None and reference.value is not None
@@ -333,6 +334,7 @@ def _figure_change(
         difference + half,
         chance,
         False,
+        title,
     )
 
 # %% ../../nbs/monitoring/03_quality.ipynb #b46b522a
@@ -343,6 +345,7 @@ def compare_to_reference(
     false_alarm_rate: float = 0.05,  # for one or more false "moved" over all figures
     minimum_difference: float = 0.01,  # smaller differences are of no practical use
     confidence: float = 0.95,
+    positive: str = "the last class",  # the word for it, for example "late"
 ) -> QualityComparison:
     """What moved between a release's evaluation and these rows (z tests, Holm over the figures)."""
     now = current.figures if isinstance(current, QualityFigures) else current
@@ -351,8 +354,8 @@ def compare_to_reference(
         for name, value in dict(reference.get("figures", reference)).items()
     }
     changes = [
-        _figure_change(name, now[name], then[name], confidence)
-        for name in FIGURE_WORDS
+        _figure_change(name, title.format(positive=positive), now[name], then[name], confidence)
+        for name, title in FIGURE_WORDS.items()
         if name in now
         and name in then
         and now[name].value is not None

@@ -148,7 +148,12 @@ def _compare(
     reference = champion.profile.get("quality")
     if reference is None:
         return None
-    return compare_to_reference(quality, reference, false_alarm_rate=settings.false_alarm_rate)
+    return compare_to_reference(
+        quality,
+        reference,
+        false_alarm_rate=settings.false_alarm_rate,
+        positive=repr(champion.features.classes[-1]),
+    )
 
 # %% ../../nbs/monitoring/09_snapshot.ipynb #c6d8639f
 def window_series(
