@@ -28,7 +28,12 @@ from pipeline_support import (
     write_stages,
 )
 
-from mlops_workbench.core.errors import ConflictError, StageError, StageParameterError, UsageError
+from mlops_workbench.core.errors import (
+    ConflictError,
+    StageError,
+    StageParameterError,
+    UsageError,
+)
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
 from mlops_workbench.pipeline.cycles import current_cycle, finished_run, open_runs
@@ -509,7 +514,8 @@ def test_a_cold_kernel_does_not_outlive_its_runner(tmp_path: Path) -> None:
     (workspace.root / "go").touch()
     assert run_stages(workspace).ok
     assert not processes_of(folder)
-    assert sorted(statuses(workspace)) == ["FINISHED", "KILLED"]
+    wait_for(lambda: "RUNNING" not in statuses(workspace))
+    assert statuses(workspace).count("FINISHED") == 1
 
 
 # %% a full disk
@@ -536,9 +542,10 @@ def test_a_full_disk_loses_nothing_and_promotes_nothing(small_disk: Path) -> Non
     workspace = fresh(
         small_disk, {"1_make": stage_cells("make"), "2_use": stage_cells("use", body=body)}
     )
-    result = run_stages(workspace)
-    assert [stage.status for stage in result.stages][0] == "finished"
-    assert not result.ok
+    done = mwb(workspace, "run")
+    assert done.returncode not in (0, 2)
+    assert "Traceback" not in done.stderr
+    assert read_manifest(workspace.runs / "cycle-0001" / "1_make-1") is not None
     made = workspace.runs / "cycle-0001" / "2_use-1"
     assert read_manifest(made) is None
     done = mwb(workspace, "run")
@@ -621,7 +628,9 @@ def test_the_command_line_shows_stages_and_their_parameters(tmp_path: Path) -> N
 def test_progress_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
     import pty
 
-    workspace = fresh(tmp_path, TWO)
+    workspace = fresh(
+        tmp_path, {"1_make": stage_cells("make", body="time.sleep(1)"), "2_use": stage_cells("use")}
+    )
     quiet = mwb(workspace, "run")
     assert "\x1b" not in quiet.stdout and "cell" not in quiet.stdout
     controller, terminal = pty.openpty()
@@ -639,7 +648,7 @@ def test_progress_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
     os.close(controller)
     assert runner.wait(60) == 0
     text = shown.decode()
-    assert "1/2 make" in text and "cell 5/6" in text and "ok" in text
+    assert "1/2 make" in text and "cell 5/6" in text and "ok" in text, text
 
 
 def test_stages_outside_the_workspace_are_not_run(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ..core.clock import iso, now
 from ..core.errors import StageError, UsageError, shorten
 from ..core.files import file_lock, write_atomic
 from ..core.workspace import Workspace
+from ..experiment.owner import OWNER_FILE
 from mlops_workbench.pipeline.manifest import (
     BEGUN_FILE,
     MANIFEST_FILE,
@@ -147,7 +148,7 @@ def attempts(workspace: Workspace, cycle: str, label: str) -> list[Path]:
     ]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
-# %% ../../nbs/pipeline/07_cycles.ipynb #f8fafc72
+# %% ../../nbs/pipeline/07_cycles.ipynb #04b576a4
 def take_folder(
     workspace: Workspace, cycle: str, stage: StageNotebook, reuse_key: str
 ) -> tuple[Path, int, int]:
@@ -186,7 +187,8 @@ def take_folder(
 # %% ../../nbs/pipeline/07_cycles.ipynb #769d2cce
 def _empty(folder: Path) -> None:
     """Make a run folder ready: no result, no outputs, and a mark of the moment."""
-    (folder / RESULT_FILE).unlink(missing_ok=True)
+    for file in (RESULT_FILE, OWNER_FILE):
+        (folder / file).unlink(missing_ok=True)
     shutil.rmtree(folder / OUTPUTS, ignore_errors=True)
     (folder / OUTPUTS).mkdir()
     (folder / WORK).mkdir(exist_ok=True)

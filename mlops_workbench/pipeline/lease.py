@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LEASE_NAME', 'RunnerLease']
 
-# %% ../../nbs/pipeline/14_lease.ipynb #dbea9b8b
+# %% ../../nbs/pipeline/14_lease.ipynb #09385f86
+import contextlib
 import threading
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from ..experiment.owner import is_alive, parse_owner, this_process
 
 # %% ../../nbs/pipeline/14_lease.ipynb #efe478bd
 LEASE_NAME = "runner"
+_held_here: set[int] = set()  # the epochs of the leases that this process is using
 
 
 class RunnerLease:
@@ -40,6 +42,7 @@ class RunnerLease:
             if not self._take_from_the_dead():
                 raise
             self.lease = self.ledger.acquire_lease(LEASE_NAME, holder, self.seconds)
+        _held_here.add(self.lease.epoch)
         self._thread.start()
         return self
 
@@ -51,9 +54,13 @@ class RunnerLease:
         """Whether the holder is a process of this machine that no longer lives; its lease is given back then."""
         held = self.ledger.lease(LEASE_NAME)
         owner = parse_owner(held.holder.split(" ")[0]) if held is not None else None
-        if held is None or (owner is not None and not is_alive(owner, None)):
-            return held is None or self.ledger.release_lease(held)
-        return False
+        if held is None:
+            return True
+        left_here = (
+            owner == this_process() and held.epoch not in _held_here
+        )  # it could not be given back
+        gone = owner is not None and not is_alive(owner, None)
+        return (gone or left_here) and self.ledger.release_lease(held)
 
     def _renew(self) -> None:
         while not self._stopped.wait(self.seconds / 3):
@@ -74,5 +81,9 @@ class RunnerLease:
     ) -> None:
         self._stopped.set()
         self._thread.join()
+        _held_here.discard(self.lease.epoch)
         if not self.lost.is_set():
-            self.ledger.release_lease(self.lease)
+            with contextlib.suppress(
+                LedgerError
+            ):  # a full disk: the lease runs out, or is taken from the dead
+                self.ledger.release_lease(self.lease)

@@ -10,10 +10,11 @@ __all__ = ['RUN_FOLDER_VARIABLE', 'TRACKER_STATUS', 'TRACKER_SECONDS', 'OpenRun'
 import contextlib
 import json
 import os
+import threading
 
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,11 +71,19 @@ class OpenRun:
     folder: Path
     record: RunRecord
     started: "Future[dict[str, Any]]"  # holds the id of the tracker's run
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def update(self, **changes: Any) -> None:
         """Change the record, on disk too."""
-        self.record = self.record.model_copy(update=changes)
-        write_record(self.folder, RUN_FILE, self.record)
+        with self.lock:
+            self.record = self.record.model_copy(update=changes)
+            write_record(self.folder, RUN_FILE, self.record)
+
+    def note_start(self, started: "Future[dict[str, Any]]") -> None:
+        """Keep the id of the tracker's run as soon as there is one."""
+        if started.exception() is None:
+            with contextlib.suppress(OSError):
+                self.update(run_id=str(started.result()["run_id"]))
 
 # %% ../../nbs/pipeline/12_records.ipynb #1d12cf0b
 def begin_run(
@@ -107,10 +116,12 @@ def begin_run(
     if data_version:
         tags["data_version"] = data_version
     started = tracker.request(
-        "start", folder=str(folder), notebook=str(notebook.path), stage=notebook.label, cycle=cycle.name, parameters=dict(parameters),
-        name=f"{cycle.name}/{folder.name}", tags=tags,
+        "start", folder=str(folder), notebook=str(notebook.path), stage=notebook.label, cycle=cycle.name, owner=record.owner,
+        parameters={name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in parameters.items()}, name=f"{cycle.name}/{folder.name}", tags=tags,
     )  # fmt: skip
-    return OpenRun(workspace, tracker, folder, record, started)
+    run = OpenRun(workspace, tracker, folder, record, started)
+    started.add_done_callback(run.note_start)
+    return run
 
 # %% ../../nbs/pipeline/12_records.ipynb #fc69e23a
 def read_result(folder: Path) -> Result:
@@ -137,7 +148,6 @@ def complete_run(run: OpenRun, *, kernel: str, seconds: float) -> Manifest:
         },
     )
     run_id = str(run.started.result(TRACKER_SECONDS)["run_id"])
-    run.update(run_id=run_id)
     record = run.record
     manifest = Manifest(
         stage=record.stage, cycle=record.cycle, attempt=record.attempt, run_id=run_id, parameters=record.parameters,
@@ -177,9 +187,6 @@ def _close_tracked(run: OpenRun, status: str) -> None:
         run_id = str(run.started.result(TRACKER_SECONDS)["run_id"])
     except WorkbenchError:
         return  # no run of the tracker: the mark stays, and the next runner looks again
-    if not run.record.run_id:
-        with contextlib.suppress(OSError):
-            run.update(run_id=run_id)
     done = run.tracker.request("finish", run_id=run_id, folder=str(run.folder), status=status)
     done.add_done_callback(
         lambda reply: None if reply.exception() else close_run(run.workspace, run.folder)

@@ -14,11 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import mlops_workbench
+
 from ..core.errors import StageError, WorkbenchError
 from ..core.files import digest_of, sha256_file
 from ..core.workspace import Workspace
 from ..data.tags import parse_ref, read_tags
-from ..experiment.provenance import library_digest, recipe_digest
+from ..experiment.provenance import recipe_digest
 from .contract import JsonValue
 from .cycles import Cycle, finished_run
 from .manifest import Manifest
@@ -42,15 +44,13 @@ DATA_PARAMETER = "data"
 # %% ../../nbs/pipeline/10_reuse.ipynb #4ef1aabf
 def workspace_code(root: Path) -> dict[str, str]:
     """The SHA-256 of each Python file of a workspace, by its path; tests, tools, hidden folders and environments are left out."""
-    library = Path(library_folder()).resolve()
     found: dict[str, str] = {}
     for folder, folders, files in os.walk(root):
         here = Path(folder)
-        if (
-            (here / "pyvenv.cfg").exists()
-            or here.resolve() == library
-            or (here != root and (here / "settings.ini").exists())
-        ):
+        nested = here != root and (
+            (here / "settings.ini").exists() or here.resolve() == library_folder()
+        )
+        if nested or (here / "pyvenv.cfg").exists():
             folders.clear()
             continue
         folders[:] = sorted(
@@ -63,12 +63,10 @@ def workspace_code(root: Path) -> dict[str, str]:
                 found[(here / name).relative_to(root).as_posix()] = sha256_file(here / name)
     return found
 
-# %% ../../nbs/pipeline/10_reuse.ipynb #2e2aa82b
-def library_folder() -> str:
+# %% ../../nbs/pipeline/10_reuse.ipynb #f5bcb0f8
+def library_folder() -> Path:
     """The folder of the workbench's own package."""
-    import mlops_workbench
-
-    return str(Path(mlops_workbench.__file__).parent)
+    return Path(mlops_workbench.__file__).resolve().parent
 
 # %% ../../nbs/pipeline/10_reuse.ipynb #a2be481d
 def code_digest(workspace: Workspace) -> str:
@@ -76,7 +74,7 @@ def code_digest(workspace: Workspace) -> str:
     settings = workspace.settings.model_dump(mode="json", include=set(SETTINGS_READ_BY_STAGES))
     return digest_of(
         {
-            "library": library_digest(),
+            "library": workspace_code(library_folder()),
             "workspace": workspace_code(workspace.root),
             "recipe": recipe_digest(workspace.settings.workspace.recipe, workspace.root),
             "settings": settings,
@@ -97,7 +95,7 @@ def data_reference(
         (manifest.data_version for manifest in upstream.values() if manifest.data_version), ""
     )
 
-# %% ../../nbs/pipeline/10_reuse.ipynb #082539b3
+# %% ../../nbs/pipeline/10_reuse.ipynb #3b6a4547
 def named_version(
     workspace: Workspace, parameters: Mapping[str, JsonValue]
 ) -> tuple[str, str] | None:
@@ -115,7 +113,7 @@ def named_version(
     except (WorkbenchError, IndexError, ValueError, KeyError):
         return "", ""
 
-# %% ../../nbs/pipeline/10_reuse.ipynb #7998f14c
+# %% ../../nbs/pipeline/10_reuse.ipynb #ccc33e12
 def upstream_runs(
     workspace: Workspace, cycle: Cycle | None, stage: StageNotebook
 ) -> dict[str, Manifest]:

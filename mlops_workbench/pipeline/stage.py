@@ -45,7 +45,6 @@ from mlops_workbench.pipeline.records import (
     begin_run,
     complete_run,
     fail_run,
-    tracked_run,
 )
 from .reuse import code_digest, data_reference, reuse_key, upstream_runs
 from .tracker import Tracker
@@ -116,9 +115,8 @@ class Stage:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             record = read_run(self.folder)
-            found = (record.run_id if record is not None else "") or tracked_run(self.folder)
-            if found:
-                return found
+            if record is not None and record.run_id:
+                return record.run_id
             time.sleep(0.05)
         raise StageError(
             f"expected the tracker to start a run for {self.folder.name} within 120 s, found none; see its log"

@@ -43,10 +43,15 @@ class Worker:
 
     def start(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Start a run and begin to ship its journal."""
+        from mlops_workbench.experiment.owner import is_alive, parse_owner
         from mlops_workbench.experiment.provenance import collect
         from mlops_workbench.experiment.tracking import start_run
 
-        folder = Path(request["folder"])
+        folder, owner = Path(request["folder"]), parse_owner(request["owner"])
+        if owner is None or not is_alive(owner, folder):
+            raise TrackingError(
+                f"expected the process in charge of {folder} to live, found it gone; no run was started"
+            )
         known = collect(self.workspace, Path(request["notebook"]))
         run_id = start_run(
             self.workspace, stage=request["stage"], cycle=request["cycle"], tags={**known, **request["tags"]},
@@ -125,7 +130,11 @@ def work(workspace: Workspace, source: int, target: int) -> None:
             waiting += data
         *lines, waiting = waiting.split(b"\n")
         for line in lines:
-            os.write(target, json.dumps(answer(worker, line)).encode() + b"\n")
+            reply = json.dumps(answer(worker, line)).encode() + b"\n"
+            with contextlib.suppress(
+                BrokenPipeError
+            ):  # the runner died meanwhile; its input ends next
+                _write_all(target, reply)
         if worker.open and time.monotonic() - shipped >= pause_seconds:
             worker.ship()
             shipped = time.monotonic()
@@ -136,8 +145,7 @@ def main() -> int:
     """Run the helper on standard input and output; what libraries print goes to standard error."""
     target = os.dup(1)
     os.dup2(2, 1)
-    with contextlib.suppress(BrokenPipeError):
-        work(Workspace.open(os.environ["MWB_WORKSPACE"]), 0, target)
+    work(Workspace.open(os.environ["MWB_WORKSPACE"]), 0, target)
     return 0
 
 # %% ../../nbs/pipeline/11_tracker.ipynb #52af19bd
