@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Imports once and then forks, so that a hundred short lives cost no hundred imports of mlflow.
 FORKING = """
-import os, random, signal, sys, time
+import os, random, signal, sqlite3, sys, time
 from pathlib import Path
 from mlops_workbench.experiment.store import quiet_mlflow
 quiet_mlflow()
@@ -41,6 +41,20 @@ def forked(work):
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
         os._exit(0)
+    return pid
+
+
+def forked_and_ready(work):
+    '''The same for a process that first opens the store; returns when it has.'''
+    reading, writing = os.pipe()
+    def ready_then_work():
+        mlflow_client(workspace).get_experiment("0")
+        os.write(writing, b"!")
+        work()
+    pid = forked(ready_then_work)
+    os.close(writing)
+    assert os.read(reading, 1) == b"!"
+    os.close(reading)
     return pid
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from core_support import NO_POSTGRESQL, postgresql_server
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from mlops_workbench.core.errors import TrackingError, UsageError, WorkbenchError
 from mlops_workbench.core.journal import read_journal
 from mlops_workbench.core.workspace import Workspace
-from mlops_workbench.experiment.hardware import HardwareSampler
+from mlops_workbench.experiment.hardware import HardwareSampler, open_gpus
 from mlops_workbench.experiment.owner import OWNER_FILE
 from mlops_workbench.experiment.recorder import JOURNAL_NAME, Recorder, check_name
 from mlops_workbench.experiment.runs import compare_runs, list_runs, metric_history, show_run
@@ -178,20 +179,35 @@ def write():
 def ship():
     while True:
         ship_journal(workspace, run_id, folder)
-kills = 0
+def sent_but_not_written_down():
+    offset = shipping.read_progress(folder, run_id).offset
+    noted = shipping.read_journal(folder / "journal.log").records
+    left = shipping.read_journal(folder / "journal.log", offset).records
+    database = sqlite3.connect(workspace.state / "mlflow.db")
+    sql = "SELECT COUNT(*) FROM metrics WHERE run_uuid = ? AND key = 'loss'"
+    (arrived,) = database.execute(sql, (run_id,)).fetchone()
+    database.close()
+    return arrived > sum(r["kind"] == "metrics" for r in noted[:len(noted) - len(left)])
+kills = between = 0
+writer = forked(write)
 while kills < 40:
-    writer, shipper = forked(write), forked(ship)
-    kills += killed_after(shipper, chance.uniform(0.05, 0.25))
-    kills += killed_after(writer, 0)
+    shipper = forked_and_ready(ship)
+    kills += killed_after(shipper, chance.uniform(0, 0.1))
+    between += sent_but_not_written_down()
+    if kills % 3 == 0:
+        kills += killed_after(writer, 0)
+        writer = forked(write)
+killed_after(writer, 0)
 pid = forked(lambda: ship_journal(workspace, run_id, folder))
 assert os.waitpid(pid, 0)[1] == 0
-print(kills)
+print(kills, between)
 """,
         workspace.root,
         run_id,
         folder,
     )
-    assert int(done.stdout) >= 40
+    kills, between = map(int, done.stdout.split())
+    assert kills >= 40 and between >= 3, "too few kills fell where a page is sent twice"
     page = read_journal(folder / JOURNAL_NAME)
     steps = sorted(int(r["step"]) for r in page.records if r["kind"] == "metrics")
     assert steps == list(range(len(steps))) and len(steps) > 100 and not page.damaged
@@ -219,7 +235,7 @@ def live(number):
 kills = number = 0
 while kills < 30:
     number += 1
-    kills += killed_after(forked(lambda: live(number)), chance.uniform(0.02, 0.5))
+    kills += killed_after(forked_and_ready(lambda: live(number)), chance.uniform(0, 0.3))
 """,
         workspace.root,
     )
@@ -467,6 +483,53 @@ def test_hardware_is_recorded_and_a_gpu_never_as_zero(
     assert row.metrics["system/cpu_seconds"] > 0
     measured = any(name.startswith("system/gpu") for name in row.metrics)
     assert measured != row.tags["gpu"].startswith("not measured")
+
+
+class BindingWithTwoGpus:
+    """Answers as NVML's binding does on a machine with two GPUs, of which one tells no load."""
+
+    class NVMLError(Exception):
+        """As the binding raises it."""
+
+    def __init__(self, driver: bool = True) -> None:
+        self.driver = driver
+
+    def nvmlInit(self) -> None:
+        if not self.driver:
+            raise self.NVMLError("Driver Not Loaded")
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetName(self, device: int) -> bytes:
+        return b"Some GPU"
+
+    def nvmlDeviceGetUtilizationRates(self, device: int) -> SimpleNamespace:
+        if device == 1:
+            raise self.NVMLError("Not Supported")
+        return SimpleNamespace(gpu=37)
+
+    def nvmlDeviceGetMemoryInfo(self, device: int) -> SimpleNamespace:
+        return SimpleNamespace(used=2_000_000_000 * (device + 1))
+
+
+def test_gpus_are_read_through_the_binding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine may have no GPU, so its binding is stood in for; what is not told is out."""
+    monkeypatch.setitem(sys.modules, "pynvml", BindingWithTwoGpus())
+    read, names = open_gpus()
+    assert read is not None and names == "Some GPU, Some GPU"
+    assert read() == {
+        "system/gpu_0_percent": 37.0,
+        "system/gpu_0_memory_mb": 2000.0,
+        "system/gpu_1_memory_mb": 4000.0,
+    }
+    monkeypatch.setitem(sys.modules, "pynvml", BindingWithTwoGpus(driver=False))
+    assert open_gpus() == (None, "not measured: Driver Not Loaded")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert open_gpus()[1].startswith("not measured: the NVML binding is not installed")
 
 
 def test_importing_the_recorder_and_the_reader_stays_light() -> None:
