@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREY', 'new_figure', 'learning_curves', 'reliability_figure']
 
-# %% ../../nbs/pipeline/36_figures.ipynb #5584e6ff
+# %% ../../nbs/pipeline/36_figures.ipynb #34c24caa
 BLUE, ORANGE, GREY = (
     "#0072b2",
     "#d55e00",

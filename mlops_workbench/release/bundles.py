@@ -81,7 +81,7 @@ def build_bundle(
         )
         draft = BundleManifest(
             format=1,
-            digest="",
+            digest="0" * 64,  # not part of what is hashed
             name=name,
             recipe=recipe,
             created_at=iso(now()),

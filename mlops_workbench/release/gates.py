@@ -193,11 +193,7 @@ def slice_gate(
     worst = max(found, key=lambda key: found[key]) if found else ""
     evidence = {"slices": len(found), "worst": worst, "whole": whole, "behind": found}
     return GateResult(
-        f"safety: worst slice {worst}".strip(),
-        found.get(worst, 0.0),
-        gate.slice_margin,
-        "lower",
-        evidence=evidence,
+        "safety: worst slice", found.get(worst, 0.0), gate.slice_margin, "lower", evidence=evidence
     )
 
 # %% ../../nbs/release/02_gates.ipynb #8a385ad1
