@@ -59,15 +59,18 @@ def forked_and_ready(work):
 
 
 def killed_after(pid, seconds):
-    '''SIGKILL a process after some time; True when it had not yet ended by itself.'''
-    time.sleep(seconds)
-    found, status = os.waitpid(pid, os.WNOHANG)
-    if found:
-        assert status == 0, status
-        return False
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return True
+    '''SIGKILL a process after some time; True when it was killed, False when it had ended well.'''
+    deadline = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            assert status in (0, signal.SIGKILL), status
+            return status == signal.SIGKILL
+        if time.monotonic() >= deadline:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return True
+        time.sleep(0.002)
 
 
 workspace = Workspace.open(Path(sys.argv[1]))

@@ -177,6 +177,13 @@ def write():
         recorder.metrics({"loss": 1 / (step + 1), "constant": 0.5}, step)
         time.sleep(0.0005)
 def ship():
+    write_down = shipping.write_json
+    moment = random.Random(os.getpid())
+    def dies_before_writing_down(path, value):
+        if moment.random() < 0.2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_down(path, value)
+    shipping.write_json = dies_before_writing_down
     while True:
         ship_journal(workspace, run_id, folder)
 def sent_but_not_written_down():
@@ -192,7 +199,7 @@ kills = between = 0
 writer = forked(write)
 while kills < 40:
     shipper = forked_and_ready(ship)
-    kills += killed_after(shipper, chance.uniform(0, 0.1))
+    kills += killed_after(shipper, chance.uniform(0, 1))
     between += sent_but_not_written_down()
     if kills % 3 == 0:
         kills += killed_after(writer, 0)
