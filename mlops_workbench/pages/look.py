@@ -9,85 +9,106 @@ import html
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 import ipywidgets
 
 # %% auto #0
-__all__ = ['STYLE', 'STATES', 'log', 'escape', 'style_sheet', 'block', 'table_html', 'tile_html', 'shown_errors']
+__all__ = ['STATES', 'log', 'escape', 'style', 'style_sheet', 'block', 'table_html', 'Markup', 'state_html', 'tile_html', 'ago',
+           'problem_html', 'shown_errors']
 
 # %% ../../nbs/pages/02_look.ipynb #d55435e6
 def escape(value: object) -> str:
     """Return a value as text that a browser shows and never runs."""
     return html.escape(str(value), quote=True)
 
-# %% ../../nbs/pages/02_look.ipynb #665a592b
-STYLE = """
-:root { --ground:#f6f7f9; --card:#ffffff; --line:#d8dce3; --text:#1b2330; --soft:#556070; --accent:#0b5cad;
-  --good:#0d6b3a; --bad:#a5230f; --none:#5b6470; }
-@media (prefers-color-scheme: dark) { :root { --ground:#12161c; --card:#1b2129; --line:#38414d; --text:#e8ecf2;
-  --soft:#a7b2c0; --accent:#7db8f5; --good:#63d295; --bad:#ff8f7a; --none:#aab3bf; } }
-body, .jp-Notebook, #rendered_cells, .voila-notebook { background:var(--ground) !important; color:var(--text); }
-.mwb { font:15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color:var(--text); box-sizing:border-box; }
-.mwb h1 { font-size:1.5rem; margin:.2rem 0 .1rem; color:var(--text); } .mwb h2 { font-size:1.05rem; margin:1.4rem 0 .5rem; color:var(--text); }
-.mwb p { margin:.2rem 0 .6rem; color:var(--soft); max-width:72ch; }
-.mwb-tiles { display:grid; grid-template-columns:repeat(auto-fit, minmax(150px, 1fr)); gap:.7rem; }
-.mwb-tile { background:var(--card); border:1px solid var(--line); border-left:5px solid var(--none); border-radius:8px; padding:.6rem .8rem; }
-.mwb-tile b { display:block; font-size:1.35rem; color:var(--text); font-weight:600; overflow-wrap:anywhere; }
-.mwb-tile span { color:var(--soft); font-size:.85rem; } .mwb-tile em { font-style:normal; font-weight:600; font-size:.85rem; color:var(--none); }
-.mwb-tile.good { border-left-color:var(--good); } .mwb-tile.good em { color:var(--good); }
-.mwb-tile.bad { border-left-color:var(--bad); } .mwb-tile.bad em { color:var(--bad); }
-.mwb-scroll { overflow-x:auto; background:var(--card); border:1px solid var(--line); border-radius:8px; }
-.mwb table { border-collapse:collapse; width:100%; font-size:.9rem; color:var(--text); background:transparent; }
-.mwb th, .mwb td { text-align:left !important; padding:.4rem .7rem; border-bottom:1px solid var(--line); vertical-align:top; color:var(--text); }
-.mwb th { color:var(--soft); font-weight:600; } .mwb tr:nth-child(even) { background:transparent; }
-.mwb :focus-visible, button:focus-visible, select:focus-visible, [tabindex]:focus-visible { outline:3px solid var(--accent); outline-offset:2px; }
-.widget-vbox, .jupyter-widgets, .jp-OutputArea-output, .jp-OutputArea-child { max-width:100%; min-width:0 !important; }
-.jupyter-widgets label, .widget-label, .widget-readout { color:var(--text) !important; }
-.jupyter-widgets select, .jupyter-widgets input, .jupyter-widgets button { background:var(--card) !important; color:var(--text) !important; border:1px solid var(--line) !important; }
-div.dt-container, div.dt-container * { color:var(--text); } table.dataTable { background:var(--card); }
-table.dataTable tbody tr.selected > * { box-shadow:inset 0 0 0 9999px rgba(11,92,173,.22) !important; color:var(--text) !important; }
-@media (max-width:600px) { .mwb-tiles { grid-template-columns:1fr 1fr; } }
-"""
+# %% ../../nbs/pages/02_look.ipynb #9fa24f2b
+@cache
+def style() -> str:
+    """Return the style sheet of the pages."""
+    import mlops_workbench.pages as package
+
+    return (Path(package.__path__[0]) / "workbench.css").read_text(encoding="utf-8")
 
 # %% ../../nbs/pages/02_look.ipynb #3b7ca951
 def style_sheet() -> ipywidgets.HTML:
     """Return the widget that carries the style sheet; each page shows it once."""
-    return ipywidgets.HTML(f"<style>{STYLE}</style>")
+    return ipywidgets.HTML(f"<style>{style()}</style>", layout={"display": "block", "height": "0"})
 
 # %% ../../nbs/pages/02_look.ipynb #02fb396a
 def block(inner: str) -> str:
     """Return HTML inside the element that the style sheet dresses."""
     return f'<div class="mwb">{inner}</div>'
 
-# %% ../../nbs/pages/02_look.ipynb #b3dfefe2
-def table_html(columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> str:
+# %% ../../nbs/pages/02_look.ipynb #0b936ac5
+def table_html(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],  # cells; a `Markup` is HTML already, all else is escaped
+    empty: str,  # shown when there is no row
+    label: str = "table",  # what a screen reader calls it
+) -> str:
     """Return a table with escaped cells, or a sentence when there is no row."""
     if not rows:
-        return f"<p>{escape(empty)}</p>"
+        return f"<p class='mwb-empty'>{escape(empty)}</p>"
     head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in columns)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+        "<tr>"
+        + "".join(f"<td>{cell if isinstance(cell, Markup) else escape(cell)}</td>" for cell in row)
+        + "</tr>"
+        for row in rows
     )
-    return f"<div class='mwb-scroll' tabindex='0'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return (
+        f"<div class='mwb-scroll' tabindex='0' role='region' aria-label='{escape(label)}'>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+# %% ../../nbs/pages/02_look.ipynb #770b8b21
+class Markup(str):
+    """Text that is HTML already, made by this package out of escaped parts."""
 
 # %% ../../nbs/pages/02_look.ipynb #6f425b18
 STATES = {
     "ok": ("good", "\u25cf", "OK"),
-    "warning": ("bad", "\u25b2", "WARNING"),
+    "warning": ("warn", "\u25b2", "WARNING"),
+    "critical": ("bad", "\u25c6", "CRITICAL"),
     "no data": ("none", "\u25cb", "NO DATA"),
 }
 
+# %% ../../nbs/pages/02_look.ipynb #5206b360
+def state_html(state: str) -> Markup:
+    """Return a state as shape and word in its colour."""
+    colour, shape, word = STATES.get(state, ("none", "\u25cb", state.upper()))
+    return Markup(
+        f'<em class="mwb-state {colour}"><i aria-hidden="true">{shape}</i> {escape(word)}</em>'
+    )
+
 # %% ../../nbs/pages/02_look.ipynb #42e2fb8a
 def tile_html(name: str, value: str, state: str, note: str = "") -> str:
-    """Return one tile; state is ok, warning or no data."""
-    colour, shape, word = STATES[state]
+    """Return one tile: a figure, its state and a line below it."""
+    colour = STATES.get(state, STATES["no data"])[0]
     return (
-        f'<div class="mwb-tile {colour}" role="status" aria-label="{escape(name)}: {escape(value)}, {word}">'
-        f"<span>{escape(name)}</span><b>{escape(value)}</b><em>{shape} {word}</em> <span>{escape(note)}</span></div>"
+        f'<div class="mwb-tile {colour}" role="group" aria-label="{escape(name)}">'
+        f'<span class="mwb-name">{escape(name)}</span><b>{escape(value)}</b>{state_html(state)}'
+        f'<span class="mwb-note">{escape(note)}</span></div>'
     )
+
+# %% ../../nbs/pages/02_look.ipynb #2b02cf39
+def ago(seconds: float) -> str:
+    """Return how long ago something was, in the largest unit that tells enough."""
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return f"{max(0, int(seconds))} s ago"
 
 # %% ../../nbs/pages/02_look.ipynb #36d23835
 log = logging.getLogger("mlops_workbench.pages")
+
+# %% ../../nbs/pages/02_look.ipynb #ce3e0e86
+def problem_html(text: str) -> str:
+    """Return a sentence that nobody overlooks, for something that went wrong."""
+    return block(f"<p class='mwb-problem' role='alert'>{escape(text)}</p>")
 
 # %% ../../nbs/pages/02_look.ipynb #c96d421d
 @contextmanager
@@ -97,6 +118,8 @@ def shown_errors(place: ipywidgets.HTML) -> Iterator[None]:
         yield
     except Exception as err:  # noqa: BLE001 - a page must say what went wrong, whatever it was
         log.exception("the page could not be drawn")
-        place.value = block(f"<p><b>This part cannot be shown:</b> {escape(err)}</p>")
+        place.value = problem_html(
+            f"This part cannot be shown just now: {type(err).__name__}: {err}"
+        )
     else:
         place.value = ""

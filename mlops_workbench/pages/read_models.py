@@ -5,34 +5,39 @@
 # %% ../../nbs/pages/00_read_models.ipynb #2299382a
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..core.clock import timestamp
+from ..core.files import write_json
 
 # %% auto #0
-__all__ = ['write_model', 'read_table']
+__all__ = ['Tables', 'write_model', 'read_table', 'model_mark', 'ReaderState', 'write_state', 'read_state']
 
-# %% ../../nbs/pages/00_read_models.ipynb #6baf367c
-def write_model(
-    path: Path, tables: Mapping[str, tuple[Sequence[str], Iterable[Sequence[Any]]]]
-) -> None:
+# %% ../../nbs/pages/00_read_models.ipynb #dc51bf57
+Tables = Mapping[str, tuple[Sequence[str], Iterable[Sequence[Any]]]]
+
+# %% ../../nbs/pages/00_read_models.ipynb #d69599b6
+def write_model(path: Path, tables: Tables) -> None:
     """Write tables (name -> columns, rows) as a new SQLite file in the place of the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.{os.getpid()}")
     work.unlink(missing_ok=True)
-    with closing(sqlite3.connect(work)) as connection, connection:
-        for name, (columns, rows) in tables.items():
-            connection.execute(f"CREATE TABLE {name} ({', '.join(columns)})")
-            marks = ", ".join("?" * len(columns))
-            connection.executemany(f"INSERT INTO {name} VALUES ({marks})", rows)
-        connection.execute("CREATE TABLE written (at REAL)")
-        connection.execute("INSERT INTO written VALUES (?)", (timestamp(),))
-    os.replace(work, path)
+    try:
+        with closing(sqlite3.connect(work)) as connection, connection:
+            for name, (columns, rows) in tables.items():
+                connection.execute(f"CREATE TABLE {name} ({', '.join(columns)})")
+                marks = ", ".join("?" * len(columns))
+                connection.executemany(f"INSERT INTO {name} VALUES ({marks})", rows)
+        work.replace(path)
+    finally:
+        work.unlink(missing_ok=True)
 
 # %% ../../nbs/pages/00_read_models.ipynb #1da60914
 def read_table(path: Path, name: str) -> list[dict[str, Any]]:
@@ -42,3 +47,51 @@ def read_table(path: Path, name: str) -> list[dict[str, Any]]:
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
         connection.row_factory = sqlite3.Row
         return [dict(row) for row in connection.execute(f"SELECT * FROM {name}")]
+
+# %% ../../nbs/pages/00_read_models.ipynb #23e3544a
+def model_mark(path: Path) -> tuple[int, int]:
+    """Return what changes whenever the model is written anew; zeros while there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return (0, 0)
+    return (found.st_ino, found.st_mtime_ns)
+
+# %% ../../nbs/pages/00_read_models.ipynb #511e3237
+@dataclass(frozen=True)
+class ReaderState:
+    """What the reader process says of itself."""
+
+    at: float = 0.0  # seconds since 1970 of its last look; 0: never
+    workspace: str = ""
+    refresh_seconds: float = 5.0
+    maximum_age_seconds: float = 300.0
+    problems: dict[str, str] = field(
+        default_factory=dict
+    )  # name of the model -> why it cannot be read
+
+    @property
+    def age_seconds(self) -> float:
+        """How long ago the reader looked."""
+        return timestamp() - self.at
+
+    @property
+    def silent(self) -> bool:
+        """True when the reader has missed so many looks that it cannot be running."""
+        return self.age_seconds > 15 + 5 * self.refresh_seconds
+
+# %% ../../nbs/pages/00_read_models.ipynb #30e1dd57
+def write_state(folder: Path, state: ReaderState) -> None:
+    """Leave the state of the reader in the folder of the models."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "reader.json", state.__dict__)
+
+# %% ../../nbs/pages/00_read_models.ipynb #43f26f3c
+def read_state(folder: Path) -> ReaderState:
+    """Return the state that the reader left; a state that never looked while there is none."""
+    path = folder / "reader.json"
+    return (
+        ReaderState(**json.loads(path.read_text(encoding="utf-8")))
+        if path.exists()
+        else ReaderState()
+    )

@@ -8,26 +8,31 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
-
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..core.clock import timestamp
 from ..core.errors import WorkbenchError
 from ..core.files import read_json
 from ..core.ledger import Ledger
 from ..core.workspace import Workspace
 from ..experiment.runs import RunRow, list_runs, metric_history
-from .read_models import write_model
+from ..experiment.store import sqlite_path
+from .read_models import ReaderState, write_model, write_state
 
 # %% auto #0
-__all__ = ['SHOWN_RUNS', 'CURVE_RUNS', 'RUN_COLUMNS', 'SHOWN_LOOKS', 'run_record', 'experiments_tables', 'monitoring_tables',
-           'fingerprint', 'refresh', 'main']
+__all__ = ['ModelTables', 'SHOWN_RUNS', 'CURVE_RUNS', 'RUN_COLUMNS', 'SHOWN_LOOKS', 'SHOWN_DECISIONS', 'COLLECTORS', 'run_record',
+           'experiments_tables', 'look_record', 'monitoring_tables', 'database_files', 'files_stamp', 'watched_files',
+           'refresh', 'main']
 
-# %% ../../nbs/pages/01_reader.ipynb #347d0cf5
+# %% ../../nbs/pages/01_reader.ipynb #fec899c8
+ModelTables = dict[str, tuple[Sequence[str], list[Sequence[Any]]]]
 SHOWN_RUNS, CURVE_RUNS = 500, 60
 RUN_COLUMNS = (
     "run_id",
@@ -61,10 +66,8 @@ def run_record(row: RunRow) -> tuple[Any, ...]:
         json.dumps(row.tags),
     )
 
-# %% ../../nbs/pages/01_reader.ipynb #278bc5c0
-def experiments_tables(
-    workspace: Workspace,
-) -> dict[str, tuple[Sequence[str], list[Sequence[Any]]]]:
+# %% ../../nbs/pages/01_reader.ipynb #d0c0be6f
+def experiments_tables(workspace: Workspace) -> ModelTables:
     """Return the tables `runs` and `curves` of the newest runs."""
     rows = list_runs(workspace, SHOWN_RUNS)
     curves = metric_history(
@@ -77,69 +80,115 @@ def experiments_tables(
             [
                 (run_id, name, step, value)
                 for (run_id, name), curve in curves.items()
-                if not name.startswith("system/")
+                if not name.startswith("system/") and len(curve.steps) > 1
                 for step, value in zip(curve.steps, curve.values, strict=True)
                 if math.isfinite(value)
             ],
         ),
     }
 
-# %% ../../nbs/pages/01_reader.ipynb #e8ec2c50
-SHOWN_LOOKS = 200
+# %% ../../nbs/pages/01_reader.ipynb #79249c87
+SHOWN_LOOKS, SHOWN_DECISIONS = 200, 30
 
-# %% ../../nbs/pages/01_reader.ipynb #c08d4958
-def monitoring_tables(workspace: Workspace) -> dict[str, tuple[Sequence[str], list[Sequence[Any]]]]:
+# %% ../../nbs/pages/01_reader.ipynb #bea34076
+@lru_cache(maxsize=2 * SHOWN_LOOKS)
+def look_record(path: Path) -> tuple[float, str, str]:
+    """Return time, summary and figures (JSON) of a dated snapshot."""
+    look = read_json(path)
+    return (look["at_seconds"], look["summary"], json.dumps(look["figures"]))
+
+# %% ../../nbs/pages/01_reader.ipynb #f7607035
+def monitoring_tables(workspace: Workspace) -> ModelTables:
     """Return the tables `latest`, `looks`, `slots`, `releases` and `decisions`."""
     folder = workspace.monitoring
     latest = folder / "latest.json"
-    looks = [read_json(path) for path in sorted(folder.glob("2*.json"))[-SHOWN_LOOKS:]]
     ledger = Ledger(workspace.ledger_url)
     try:
-        slots, releases, decisions = ledger.slots(), ledger.releases(), ledger.decisions(limit=30)
+        slots, releases = ledger.slots(), ledger.releases()
+        decisions = ledger.decisions(limit=SHOWN_DECISIONS)
     finally:
         ledger.close()
-    shown = ("at_seconds", "summary", "figures")
     return {
         "latest": (("snapshot",), [(json.dumps(read_json(latest)),)] if latest.exists() else []),
         "looks": (
-            shown,
-            [(k["at_seconds"], k["summary"], json.dumps(k["figures"])) for k in looks],
+            ("at_seconds", "summary", "figures"),
+            [look_record(path) for path in sorted(folder.glob("2*.json"))[-SHOWN_LOOKS:]],
         ),
         "slots": (
-            ("name", "digest", "previous"),
-            [(s.name, s.digest, s.previous_digest or "") for s in slots],
+            ("name", "digest", "previous", "updated"),
+            [(s.name, s.digest, s.previous_digest or "", s.updated_at) for s in slots],
         ),
         "releases": (
             ("digest", "name", "status", "data_version", "created"),
-            [(r.digest, r.name, r.status, r.data_version, str(r.created_at)) for r in releases],
+            [(r.digest, r.name, r.status, r.data_version, r.created_at) for r in releases],
         ),
         "decisions": (
             ("at", "kind", "subject", "verdict", "reason", "actor"),
-            [(str(d.at), d.kind, d.subject, d.verdict, d.reason, d.actor) for d in decisions],
+            [(d.at, d.kind, d.subject, d.verdict, d.reason, d.actor) for d in decisions],
         ),
     }
 
-# %% ../../nbs/pages/01_reader.ipynb #913f8242
-def fingerprint(tables: dict[str, tuple[Sequence[str], list[Sequence[Any]]]]) -> int:
-    """Return a number that changes when the tables do."""
-    return hash(
-        json.dumps({name: rows for name, (_, rows) in tables.items()}, default=str, sort_keys=True)
-    )
+# %% ../../nbs/pages/01_reader.ipynb #03f0fdab
+def database_files(url: str) -> list[Path] | None:
+    """Return the files of a SQLite database, None for a database on a server."""
+    path = sqlite_path(url)
+    return None if path is None else [path, path.with_name(path.name + "-wal")]
 
-# %% ../../nbs/pages/01_reader.ipynb #76e9b934
-def refresh(workspace: Workspace, known: dict[str, int]) -> dict[str, int]:
-    """Write the read models whose content changed; return the fingerprints of what stands there now."""
-    found = dict(known)
-    for name, collect in (("experiments", experiments_tables), ("monitoring", monitoring_tables)):
+# %% ../../nbs/pages/01_reader.ipynb #1d341b80
+def files_stamp(files: Sequence[Path] | None) -> str:
+    """Return a text that changes when one of the files does; a new one each time for None."""
+    if files is None:
+        return os.urandom(8).hex()
+    stamps = []
+    for path in files:
         try:
-            tables = collect(workspace)
-        except (WorkbenchError, OSError, ValueError) as err:
-            print(f"reader: {name} cannot be read just now: {err}", file=sys.stderr, flush=True)
+            found = path.stat()
+            stamps.append(f"{found.st_ino}:{found.st_mtime_ns}:{found.st_size}")
+        except OSError:
+            stamps.append("none")
+    return " ".join(stamps)
+
+# %% ../../nbs/pages/01_reader.ipynb #610d385a
+def watched_files(workspace: Workspace) -> dict[str, list[Path] | None]:
+    """Return the files whose change means that a model must be written anew, by the model's name."""
+    tracker, ledger = database_files(workspace.tracking_uri), database_files(workspace.ledger_url)
+    looks = [workspace.monitoring, workspace.monitoring / "latest.json"]
+    return {"experiments": tracker, "monitoring": None if ledger is None else [*ledger, *looks]}
+
+# %% ../../nbs/pages/01_reader.ipynb #61016763
+COLLECTORS = {"experiments": experiments_tables, "monitoring": monitoring_tables}
+
+# %% ../../nbs/pages/01_reader.ipynb #7c40d8b4
+def refresh(
+    workspace: Workspace,
+    known: Mapping[str, str],  # what the last call returned; empty at first
+) -> dict[str, str]:
+    """Write the read models whose sources changed, and the state; return the stamps of the sources."""
+    found, problems = dict(known), {}
+    for name, files in watched_files(workspace).items():
+        stamp = files_stamp(files)
+        if known.get(name) == stamp and (workspace.read_models / f"{name}.db").exists():
             continue
-        mark = fingerprint(tables)
-        if known.get(name) != mark:
-            write_model(workspace.read_models / f"{name}.db", tables)
-            found[name] = mark
+        try:
+            write_model(workspace.read_models / f"{name}.db", COLLECTORS[name](workspace))
+            found[name] = stamp
+        except (WorkbenchError, OSError, ValueError, KeyError) as err:
+            problems[name] = f"{type(err).__name__}: {err}"
+            found.pop(name, None)
+            print(
+                f"reader: {name} cannot be read just now: {problems[name]}",
+                file=sys.stderr,
+                flush=True,
+            )
+    settings = workspace.settings
+    state = ReaderState(
+        timestamp(),
+        workspace.name,
+        settings.pages.refresh_seconds,
+        settings.monitoring.maximum_age_seconds,
+        problems,
+    )
+    write_state(workspace.read_models, state)
     return found
 
 # %% ../../nbs/pages/01_reader.ipynb #16ca15b2
@@ -150,16 +199,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workspace", type=Path, required=True, help="folder of the workspace")
     parser.add_argument("--once", action="store_true", help="refresh once and end")
+    parser.add_argument("--parent", type=int, default=None, help="end when this process is gone")
     chosen = parser.parse_args(arguments)
     workspace = Workspace.open(chosen.workspace)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    known: dict[str, int] = {}
-    while not stop.is_set():
+    known: dict[str, str] = {}
+    while not stop.is_set() and chosen.parent in (None, os.getppid()):
         known = refresh(workspace, known)
         if chosen.once:
-            break
+            return 0 if known.keys() == COLLECTORS.keys() else 1
         stop.wait(workspace.settings.pages.refresh_seconds)
     return 0
 

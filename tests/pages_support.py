@@ -1,0 +1,199 @@
+"""Helpers of the page tests: a workspace with real runs and real traffic, and the pages' server."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from monitoring_support import (
+    add_release,
+    draw_labels,
+    draw_rows,
+    flights_profile,
+    label_records,
+    make_workspace,
+    prediction_records,
+    write_log,
+)
+
+from mlops_workbench.core.clock import timestamp
+from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.experiment.recorder import Recorder
+from mlops_workbench.experiment.tracking import finish_run, ship_journal, start_run
+from mlops_workbench.monitoring.monitor import MonitorSnapshot, monitor_once
+from mlops_workbench.pages.reader import refresh
+
+HOSTILE = "<img src=x onerror=document.title='owned'>"
+MINUTE = 60.0
+
+
+def record_run(
+    workspace: Workspace,
+    *,
+    cycle: str,
+    name: str | None = None,
+    learning_rate: float = 0.001,
+    data_version: str = "flights@v1.0",
+    status: str = "FINISHED",
+    epochs: int = 12,
+    seed: int = 0,
+) -> str:
+    """Log a training run with curves through the recorder and the tracker; its id."""
+    generator = np.random.default_rng(seed)
+    folder = workspace.runs / cycle / f"3_train-{seed}"
+    parameters = {"learning_rate": learning_rate, "epochs": epochs, "hidden": 64, "seed": seed}
+    run_id = start_run(
+        workspace,
+        stage="3_train",
+        cycle=cycle,
+        tags={"data_version": data_version, "recipe": "flights"},
+        parameters={**parameters, "batch_size": 256, "embedding": 8},
+        folder=folder,
+        name=name,
+    )
+    speed = min(1.0, learning_rate * 250)
+    with Recorder(folder) as recorder:
+        for step in range(1, epochs + 1):
+            loss = 0.44 + 0.25 * np.exp(-speed * step) + generator.normal(0, 0.003)
+            recorder.metrics({"train_loss": loss, "validation_loss": loss + 0.01 * speed}, step)
+        figures = {"brier": loss * 0.33, "accuracy": 1.22 - loss, "auc": 0.68 + 0.02 * speed}
+        recorder.metrics(figures)
+    ship_journal(workspace, run_id, folder)
+    finish_run(workspace, run_id, status)
+    return run_id
+
+
+def record_runs(workspace: Workspace) -> list[str]:
+    """A handful of runs that differ in one or two things, one of them named to do harm."""
+    rates = (0.001, 0.003, 0.01, 0.0003, 0.02)
+    ids = [
+        record_run(
+            workspace,
+            cycle=f"2013-04-{number + 1:02d}",
+            learning_rate=rate,
+            data_version="flights@v1.0" if number < 3 else "flights@v1.1",
+            status="FAILED" if number == 3 else "FINISHED",
+            seed=number,
+        )
+        for number, rate in enumerate(rates)
+    ]
+    return [*ids, record_run(workspace, cycle="2013-04-06", name=HOSTILE, seed=7)]
+
+
+def serve_traffic(
+    workspace: Workspace,
+    release: str,
+    *,
+    name: str,
+    count: int = 1500,
+    shift: float = 0.0,  # how much more often flights are late than promised
+    warmer: float = 0.0,
+    seed: int = 1,
+    ended_ago: float = 1.0,  # seconds
+    minutes: float = 50.0,
+) -> None:
+    """Write the log of predictions and of their labels, as the server does."""
+    generator = np.random.default_rng(seed)
+    rows = draw_rows(generator, count, warmer=warmer)
+    until = timestamp() - ended_ago
+    records = prediction_records(
+        rows,
+        release=release,
+        name=name,
+        since=until - minutes * MINUTE,
+        until=until,
+        prefix=f"s{seed}-",
+    )
+    labels = draw_labels(generator, rows, shift=shift)
+    feedback = label_records(records, labels, delay=0.5)
+    write_log(workspace.predictions, [*records, *feedback], tag=f"{seed}")
+
+
+@dataclass(frozen=True)
+class Factory:
+    """A workspace with runs, two releases and traffic."""
+
+    workspace: Workspace
+    champion: str  # digest
+    runs: list[str]
+
+
+def make_factory(folder: Path, **settings: object) -> Factory:
+    """A workspace in which everything is well, with the pages' read models written."""
+    workspace = make_workspace(folder, **{"pages__refresh_seconds": 1, **settings})
+    runs = record_runs(workspace)
+    profile = flights_profile(1)
+    add_release(workspace, "flights-r1", profile)
+    champion = add_release(workspace, "flights-r2", {**profile, "note": "second"})
+    serve_traffic(workspace, champion, name="flights-r2")
+    monitor_once(workspace)
+    refresh(workspace, {})
+    return Factory(workspace, champion, runs)
+
+
+def spoil(factory: Factory) -> MonitorSnapshot:
+    """Let flights be late far more often than promised, and let the monitor look twice."""
+    serve_traffic(
+        factory.workspace,
+        factory.champion,
+        name="flights-r2",
+        shift=0.55,
+        warmer=1.5,
+        count=4000,
+        seed=2,
+        minutes=20,
+    )
+    monitor_once(factory.workspace)
+    return monitor_once(factory.workspace)
+
+
+def free_port() -> int:
+    """A port that nobody uses just now."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
+
+
+@contextlib.contextmanager
+def pages_running(
+    workspace: Workspace, *, environment: dict[str, str] | None = None
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`mwb pages` on a free port: its address and process; it is ended with SIGTERM."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlops_workbench.cli.main", "pages", "-w", str(workspace.root)]
+    process = subprocess.Popen(
+        [*command, "--port", str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+    )
+    try:
+        wait_for_port(port, process)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+def wait_for_port(port: int, process: subprocess.Popen[str], seconds: float = 60) -> None:
+    """Return when something listens there; AssertionError when the process ends before."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        assert process.poll() is None, process.communicate()[0]
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"nothing listens on port {port}")
