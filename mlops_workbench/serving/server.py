@@ -32,8 +32,8 @@ from .app import create_app
 from .http import is_loopback
 
 # %% auto #0
-__all__ = ['MINIMUM_TOKEN', 'check_exposure', 'bind', 'ServingPlan', 'plan_workspace', 'plan_bundle', 'AnnouncedServer',
-           'ending_quietly', 'serve', 'parse_arguments', 'main']
+__all__ = ['MINIMUM_TOKEN', 'LISTENING_HANDLES', 'check_exposure', 'bind', 'ServingPlan', 'plan_workspace', 'plan_bundle',
+           'listening_handles', 'AnnouncedServer', 'ending_quietly', 'serve', 'parse_arguments', 'main']
 
 # %% ../../nbs/serving/09_server.ipynb #d2f17105
 MINIMUM_TOKEN = 16  # characters
@@ -101,6 +101,14 @@ def plan_bundle(bundle: Path, scratch: Path, predictions: Path | None = None) ->
     return ServingPlan(
         scratch / "pointer.json", predictions or scratch / "predictions", ServingSettings(), None
     )
+
+# %% ../../nbs/serving/09_server.ipynb #d22e0f87
+LISTENING_HANDLES = 8  # new connections taken a turn of the event loop
+
+# %% ../../nbs/serving/09_server.ipynb #596f489a
+def listening_handles(listener: socket.socket) -> list[socket.socket]:
+    """The socket and copies of its handle, which all listen at the same port."""
+    return [listener, *(listener.dup() for _ in range(LISTENING_HANDLES - 1))]
 
 # %% ../../nbs/serving/09_server.ipynb #967118d8
 class AnnouncedServer(uvicorn.Server):
@@ -181,7 +189,7 @@ def serve(plan: ServingPlan, host: str, port: int) -> None:
     address = f"http://{name}:{listener.getsockname()[1]}"
     server = AnnouncedServer(config, address, plan.port_file)
     with listener, ending_quietly(server):
-        server.run(sockets=[listener])
+        server.run(sockets=listening_handles(listener))
     server.withdraw()
 
 # %% ../../nbs/serving/09_server.ipynb #d8d2c824
