@@ -31,7 +31,7 @@ from .kernel_parent import PARENT_SETS, receive_message, send_message
 # %% ../../nbs/pipeline/03_kernels.ipynb #a165e8fb
 PRELOAD_FIRST = ("torch", "mlflow", "pandas", "ipykernel.kernelapp", "ipykernel.ipkernel")
 PRELOAD_LATER = (
-    "mlflow.store.tracking.sqlalchemy_store", "IPython.core.completer", "matplotlib.pyplot", "matplotlib_inline.backend_inline",
+    "mlflow.store.tracking.sqlalchemy_store", "IPython.core.completer", "matplotlib.pyplot",
     "pyarrow.parquet", "sqlalchemy.dialects.sqlite", "pydantic", "psutil", "safetensors.torch", "msgspec", "sklearn.metrics",
     "scipy.stats", "duckdb", "pandera.pandas", "torch.onnx", "onnx", "onnxscript",
 )  # fmt: skip
