@@ -44,7 +44,7 @@ def share_estimate(
     error = math.sqrt(max(share * (1 - share), 0.5 / count) / count)
     return Estimate(share, max(0.0, centre - half), min(1.0, centre + half), error, count)
 
-# %% ../../nbs/monitoring/00_estimates.ipynb #62bc869d
+# %% ../../nbs/monitoring/00_estimates.ipynb #0d77d28e
 def normal_estimate(
     value: float, standard_error: float, count: int, confidence: float = 0.95
 ) -> Estimate:

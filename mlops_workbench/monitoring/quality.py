@@ -40,7 +40,7 @@ def _ranking_parts(positive: NDArray[np.bool_], scores: NDArray[np.float64]) -> 
     parts[~positive] = (1 - below - area) / negatives
     return area, parts
 
-# %% ../../nbs/monitoring/03_quality.ipynb #f488c5e5
+# %% ../../nbs/monitoring/03_quality.ipynb #54c8258b
 def _auc(
     labels: NDArray[np.int64], probabilities: NDArray[np.float64], confidence: float
 ) -> Estimate:
@@ -66,7 +66,7 @@ def _auc(
         len(labels),
     )
 
-# %% ../../nbs/monitoring/03_quality.ipynb #78997e86
+# %% ../../nbs/monitoring/03_quality.ipynb #edceeff6
 def _recall(
     labels: NDArray[np.int64], hit: NDArray[np.bool_], classes: int, confidence: float
 ) -> Estimate:
