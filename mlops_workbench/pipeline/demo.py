@@ -39,7 +39,7 @@ from ..recipes.protocol import load_recipe
 __all__ = ['CHAPTERS', 'turn_labels', 'marker', 'demo_workspace', 'DemoServer', 'start_server', 'Demo', 'first_release',
            'late_truth', 'better_release', 'bad_batch', 'rolled_back', 'tell', 'outcome', 'promises', 'run_demo']
 
-# %% ../../nbs/pipeline/43_demo.ipynb #ea089c56
+# %% ../../nbs/pipeline/43_demo.ipynb #3fe92bad
 def turn_labels(
     frame: pd.DataFrame, label: str, rows: int, seed: int = 0
 ) -> tuple[pd.DataFrame, np.ndarray]:
@@ -68,7 +68,12 @@ def demo_workspace(folder: Path, webhook: str) -> Workspace:
         folder,
         name="demo",
         recipe="flights",
-        settings={"notify.webhook": webhook, "monitoring.minimum_rows": "200"},
+        settings={
+            "notify.webhook": webhook,
+            "alert.miscalibrated.threshold": "0.05",
+            "alert.quality_lost.metric": "calibration_gap",
+            "alert.quality_lost.threshold": "0.15",
+        },
     )
     marker(folder).write_text("made by `mwb demo`; the next demo replaces this folder\n")
     return workspace
@@ -89,6 +94,7 @@ class DemoServer:
 # %% ../../nbs/pipeline/43_demo.ipynb #8791ed66
 def start_server(workspace: Workspace, seconds: float = 60.0) -> DemoServer:
     """Start `mwb serve` on a free port and return it once it answers; ServingError otherwise."""
+    workspace.state.mkdir(parents=True, exist_ok=True)
     port_file = workspace.state / "serving.port"
     port_file.unlink(missing_ok=True)
     command = [
@@ -254,18 +260,18 @@ def bad_batch(demo: Demo) -> None:
 
 # %% ../../nbs/pipeline/43_demo.ipynb #5c1989aa
 def rolled_back(demo: Demo) -> None:
-    """The refused model is forced into service; July's truth arrives; the monitor rolls it back by itself."""
+    """The refused model is forced into service; August's truth arrives; the monitor rolls it back by itself."""
     demo.say(
-        "5  the refused model is forced into service; July's true answers arrive; the monitor acts"
+        "5  the refused model is forced into service; August's true answers arrive; the monitor acts"
     )
     tell(demo, demo.run("4-forced", ["deploy"], {"deploy": {"force": True}}))
-    replay = demo.traffic(demo.month(7))
+    replay = demo.traffic(demo.month(8))
     result = demo.run(
         "4-forced", ["monitor"], {"monitor": {"since": replay.since, "until": replay.until + 1.0}}
     )
     tell(demo, result)
     demo.facts["rollback"] = outcome(result, "monitor").metrics
-    demo.facts["july"] = replay
+    demo.facts["august"] = replay
 
 # %% ../../nbs/pipeline/43_demo.ipynb #fddf5a8c
 def tell(demo: Demo, result: CycleResult) -> None:
@@ -289,7 +295,7 @@ def outcome(result: CycleResult, stage: str) -> Manifest:
 def promises(demo: Demo) -> list[Promise]:
     """Measure every promise of the board in the workspace that the demo leaves behind."""
     facts = demo.facts
-    replays = [facts["april"], facts["july"]]
+    replays = [facts["april"], facts["august"]]
     latencies = [value for replay in replays for value in replay.latencies_ms]
     failed = [text for replay in replays for text in replay.failed]
     sent = Ledger(demo.workspace.ledger_url).messages(1000)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..experiment.trials import TrialTable
 from ..recipes.protocol import Recipe, encode
 from ..release.bundles import predict_onnx
 
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['BLUE', 'ORANGE', 'GREY', 'new_figure', 'learning_curves', 'reliability_figure']
+__all__ = ['BLUE', 'ORANGE', 'GREY', 'new_figure', 'learning_curves', 'reliability_figure', 'trials_figure', 'setting_words']
 
-# %% ../../nbs/pipeline/36_figures.ipynb #34c24caa
+# %% ../../nbs/pipeline/36_figures.ipynb #9f349fbd
 BLUE, ORANGE, GREY = (
     "#0072b2",
     "#d55e00",
@@ -88,3 +89,26 @@ def reliability_figure(recipe: Recipe, bundle: Path, rows: pd.DataFrame, bins: i
     axes.set_ylim(0, top)
     axes.legend(frameon=False)
     return figure
+
+# %% ../../nbs/pipeline/36_figures.ipynb #0bfddcd3
+def trials_figure(table: TrialTable) -> Figure:
+    """Draw every trial's metric by setting, one dot a seed, with the mean of each setting."""
+    figure, axes = new_figure(7.0, 3.8)
+    values = table.values()
+    for place, (setting, found) in enumerate(values.items()):
+        axes.plot(
+            np.full(len(found), place), found, "o", color=GREY if setting else BLUE, alpha=0.8
+        )
+        axes.plot([place - 0.25, place + 0.25], [found.mean()] * 2, color=ORANGE, linewidth=2)
+    labels = ["defaults" if setting == 0 else setting_words(table, setting) for setting in values]
+    axes.set_xticks(range(len(values)), labels, rotation=20, ha="right")
+    axes.set_ylabel(
+        f"{table.metric} ({'higher' if table.greater_is_better else 'lower'} is better)"
+    )
+    return figure
+
+# %% ../../nbs/pipeline/36_figures.ipynb #875495d1
+def setting_words(table: TrialTable, setting: int) -> str:
+    """Return in what a setting differs from the defaults: width=32, dropout=0.1."""
+    usual = table.parameters(0)
+    return ", ".join(f"{k}={v}" for k, v in table.parameters(setting).items() if usual.get(k) != v)
