@@ -10,7 +10,7 @@ import os
 import sys
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .kernel_parent import leave
 
@@ -21,6 +21,10 @@ def main(argv: list[str] | None = None) -> None:
         del sys.path[
             0
         ]  # as ipykernel's own launcher does; IPython puts the folder of the notebook back
+    if os.environ.get("MWB_RUN_FOLDER"):
+        sys.modules["debugpy"] = cast(
+            Any, None
+        )  # nobody can attach to a stage that a runner runs; a tenth of a second
     from ipykernel.kernelapp import IPKernelApp
 
     application: Any = IPKernelApp.instance()

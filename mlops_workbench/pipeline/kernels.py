@@ -28,8 +28,11 @@ from ..core.files import digest_of, file_lock, sha256_file
 from . import kernel_parent
 from .kernel_parent import PARENT_SETS, receive_message, send_message
 
-# %% ../../nbs/pipeline/03_kernels.ipynb #a165e8fb
-PRELOAD_FIRST = ("torch", "mlflow", "pandas", "ipykernel.kernelapp", "ipykernel.ipkernel")
+# %% ../../nbs/pipeline/03_kernels.ipynb #bcbfaab1
+PRELOAD_FIRST = (
+    "torch", "mlflow", "pandas", "ipykernel.kernelapp", "ipykernel.ipkernel", "IPython.core.debugger", "IPython.core.oinspect",
+    "IPython.extensions.storemagic", "tornado.queues", "tornado.platform.asyncio",
+)  # fmt: skip
 PRELOAD_LATER = (
     "mlflow.store.tracking.sqlalchemy_store", "IPython.core.completer", "matplotlib.pyplot",
     "pyarrow.parquet", "sqlalchemy.dialects.sqlite", "pydantic", "psutil", "safetensors.torch", "msgspec", "sklearn.metrics",

@@ -250,7 +250,7 @@ class Tracker:
                 )
                 self.warm = True
                 return child
-        command = [sys.executable, "-m", MODULE]
+        command = [sys.executable, "-P", "-m", MODULE]
         return subprocess.Popen(
             command,
             stdin=source,
