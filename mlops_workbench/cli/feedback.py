@@ -17,9 +17,10 @@ import click
 from .options import json_option, print_record, workspace_option
 from ..core.errors import ServingError, UsageError, shorten
 from ..core.workspace import Workspace
+from ..serving.address import server_address, server_headers
 
 # %% auto #0
-__all__ = ['read_items', 'feedback_of', 'server_address', 'server_headers', 'send_feedback', 'post_feedback', 'feedback']
+__all__ = ['read_items', 'feedback_of', 'send_feedback', 'post_feedback', 'feedback']
 
 # %% ../../nbs/cli/18_feedback.ipynb #6acfece9
 def read_items(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -49,27 +50,6 @@ def feedback_of(name: str, label: str | None, click_text: str | None, line: int)
             f"expected a click of yes or no in line {line}, found {shorten(click_text)}"
         )
     return {"id": name, "click": clicked}
-
-# %% ../../nbs/cli/18_feedback.ipynb #e46e46cb
-def server_address(workspace: Workspace) -> str:
-    """The address of this workspace's server as this machine reaches it."""
-    port_file = workspace.state / "serving.port"
-    serving = workspace.settings.serving
-    port = port_file.read_text().strip() if port_file.exists() else str(serving.port)
-    host = "127.0.0.1" if serving.host in ("0.0.0.0", "::") else serving.host
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-# %% ../../nbs/cli/18_feedback.ipynb #94549fee
-def server_headers(workspace: Workspace) -> dict[str, str]:
-    """The headers that this workspace's server asks for."""
-    from mlops_workbench.core.secrets import resolve_secret
-
-    token = workspace.settings.serving.token
-    if not token:
-        return {}
-    return {
-        "Authorization": f"Bearer {resolve_secret(token, workspace_state=workspace.state).reveal()}"
-    }
 
 # %% ../../nbs/cli/18_feedback.ipynb #32d0d167
 def send_feedback(

@@ -40,7 +40,7 @@ def normalise(
     kind = type(value)
     if value is None or kind is bool:
         return value  # type: ignore[return-value]
-    if kind is int and -(2**63) <= value < 2**63:  # type: ignore[operator]
+    if kind is int and abs(value) < 2**63:  # type: ignore[arg-type]
         return value  # type: ignore[return-value]
     if kind is float and math.isfinite(value):  # type: ignore[arg-type]
         return value  # type: ignore[return-value]

@@ -19,34 +19,28 @@ from .manifest import Manifest
 from .outcome import Outcome, decided_by, write_output
 from .stage import Stage
 from ..release.deployment import CHAMPION, deploy
+from ..serving.address import server_address, server_headers
 
 # %% auto #0
-__all__ = ['server_url', 'wait_for_release', 'follow_in_registry', 'evaluated_digest', 'deploy_release']
+__all__ = ['server_answers', 'wait_for_release', 'follow_in_registry', 'evaluated_digest', 'deploy_release']
 
-# %% ../../nbs/pipeline/34_deploy.ipynb #0f78e0b4
-def server_url(workspace: Workspace) -> str | None:
-    """Return the address of this workspace's running server, or None when none answers."""
-    port_file = workspace.state / "serving.port"
-    port = (
-        port_file.read_text().strip()
-        if port_file.exists()
-        else str(workspace.settings.serving.port)
-    )
-    url = f"http://127.0.0.1:{port}"
+# %% ../../nbs/pipeline/34_deploy.ipynb #d3916d9d
+def server_answers(workspace: Workspace) -> bool:
+    """Whether a server of this workspace runs."""
     try:
-        return url if httpx.get(f"{url}/health", timeout=1).status_code < 500 else None
+        return httpx.get(f"{server_address(workspace)}/health", timeout=2).status_code < 500
     except httpx.TransportError:
-        return None
+        return False
 
 # %% ../../nbs/pipeline/34_deploy.ipynb #0b3ed0e1
 def wait_for_release(workspace: Workspace, digest: str, seconds: float) -> float | None:
     """Return after how many seconds the running server serves `digest`; None without a server."""
     start = time.monotonic()
-    url = server_url(workspace)
-    if url is None:
+    if not server_answers(workspace):
         return None
+    url, headers = server_address(workspace), server_headers(workspace)
     while time.monotonic() - start < seconds:
-        answer = httpx.get(f"{url}/release", timeout=5)
+        answer = httpx.get(f"{url}/release", headers=headers, timeout=5)
         if answer.status_code == 200 and digest in answer.text:
             return time.monotonic() - start
         time.sleep(0.02)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..experiment.trials import TrialTable
+from ..recipes.metrics import calibration_figure
 from ..recipes.protocol import Recipe, encode
 from ..release.bundles import predict_onnx
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREY', 'new_figure', 'learning_curves', 'reliability_figure', 'trials_figure', 'setting_words']
 
-# %% ../../nbs/pipeline/36_figures.ipynb #9f349fbd
+# %% ../../nbs/pipeline/36_figures.ipynb #f53e9660
 BLUE, ORANGE, GREY = (
     "#0072b2",
     "#d55e00",
@@ -63,32 +64,16 @@ def learning_curves(history: Sequence[Mapping[str, float]]) -> Figure:
     axes.legend(frameon=False)
     return figure
 
-# %% ../../nbs/pipeline/36_figures.ipynb #34367ced
-def reliability_figure(recipe: Recipe, bundle: Path, rows: pd.DataFrame, bins: int = 10) -> Figure:
-    """Draw the observed share against the predicted probability of the last class, in bins of equal count."""
+# %% ../../nbs/pipeline/36_figures.ipynb #a5ba9414
+def reliability_figure(recipe: Recipe, bundle: Path, rows: pd.DataFrame) -> Figure:
+    """Draw how often it came true against what was promised, on held-out rows."""
     arrays, labels = encode(recipe, rows)
-    predicted = predict_onnx(bundle / "model.onnx", arrays)[:, -1].astype(float)
-    happened = (labels == len(recipe.features.classes) - 1).astype(float)
-    figure, axes = new_figure(4.6, 4.2)
-    parts = [part for part in np.array_split(np.argsort(predicted), bins) if len(part)]
-    x = [predicted[part].mean() for part in parts]
-    y = np.array([happened[part].mean() for part in parts])
-    error = [
-        1.96 * np.sqrt(max(share * (1 - share), 1e-9) / len(part))
-        for share, part in zip(y, parts, strict=True)
-    ]
-    axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="predicted = observed")
-    axes.errorbar(
-        x, y, yerr=error, fmt="o", color=BLUE, capsize=3, label=f"{len(labels)} held-out rows, 95 %"
-    )
-    name = recipe.features.classes[-1]
-    axes.set_xlabel(f"predicted probability of '{name}'")
-    axes.set_ylabel(f"observed share of '{name}'")
-    top = min(1.0, max(0.1, max(*x, *y) * 1.25))
-    axes.set_xlim(0, top)
-    axes.set_ylim(0, top)
-    axes.legend(frameon=False)
-    return figure
+    promised = predict_onnx(bundle / "model.onnx", arrays)
+    if promised.shape[1] > 2:
+        labels = (promised.argmax(axis=1) == labels).astype(np.int64)
+        confidence = promised.max(axis=1)
+        promised = np.column_stack([1 - confidence, confidence])
+    return calibration_figure({f"{len(labels):,} held-out rows": (labels, promised)})
 
 # %% ../../nbs/pipeline/36_figures.ipynb #0bfddcd3
 def trials_figure(table: TrialTable) -> Figure:

@@ -7,6 +7,7 @@ __all__ = ['SAMPLE_SECONDS', 'Stage', 'open_stage']
 
 # %% ../../nbs/pipeline/13_stage.ipynb #529b82b3
 import atexit
+import io
 import math
 import os
 import shutil
@@ -224,7 +225,24 @@ def open_stage(
     stage = _attach(Path(folder), name, parameters) if folder else _open_by_hand(name, parameters)
     if str(stage.workspace.root) not in sys.path:
         sys.path.append(str(stage.workspace.root))
+    _show_figures()
     return stage
+
+# %% ../../nbs/pipeline/13_stage.ipynb #be811f02
+def _show_figures() -> None:
+    """Let the notebook show matplotlib's figures as pictures, also where pyplot was never imported."""
+    from IPython.core.getipython import get_ipython
+
+    def picture(figure: Any) -> bytes:
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=110)
+        return stream.getvalue()
+
+    shell: Any = get_ipython()
+    if shell is not None:
+        shell.display_formatter.formatters["image/png"].for_type_by_name(
+            "matplotlib.figure", "Figure", picture
+        )
 
 # %% ../../nbs/pipeline/13_stage.ipynb #d939f43c
 def _attach(folder: Path, name: str, parameters: Mapping[str, Any]) -> Stage:

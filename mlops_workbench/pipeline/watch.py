@@ -15,12 +15,11 @@ import pandas as pd
 from ..core.workspace import Workspace
 from ..monitoring.alerts import RequestedAction
 from ..monitoring.decide_update import decide_update, gather_inputs
+from ..monitoring.figures import drift_figure, shapes_figure
 from ..monitoring.monitor import MonitorSnapshot, monitor_once
-from ..monitoring.profile import reference_frame
-from ..monitoring.report import render_report
+from ..monitoring.report import render_report, report_tables
 from ..monitoring.snapshot import champion_rows
 from .deploy import wait_for_release
-from .figures import new_figure
 from .outcome import DecidedBy, Outcome, decided_by, numbers, write_output
 from .stage import Stage
 from ..release.deployment import rollback
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Actions', 'Look', 'drift_figure', 'look_at_traffic', 'evidently_page', 'decide_next_cycle']
+__all__ = ['Actions', 'Look', 'look_at_traffic', 'evidently_page', 'decide_next_cycle']
 
 # %% ../../nbs/pipeline/35_watch.ipynb #feb09237
 @dataclass
@@ -103,33 +102,15 @@ class Look:
         rows = [{"rule": e.rule, "event": e.kind, "text": e.text} for e in self.snapshot.events]
         return pd.DataFrame(rows, columns=["rule", "event", "text"])
 
-    def picture(self) -> Figure:
-        """Draw the largest shift of a feature: training rows behind, this window in front."""
-        return drift_figure(self.snapshot)
+    def effects(self) -> Figure:
+        """Draw the effect of every column against what it had to reach."""
+        return drift_figure(self.snapshot.to_json())
 
-# %% ../../nbs/pipeline/35_watch.ipynb #dcaefc78
-def drift_figure(snapshot: MonitorSnapshot) -> Figure:
-    """Draw effect against threshold for every column of the window."""
-    figure, axes = new_figure(7.0, 4.2)
-    found = snapshot.measured.drift
-    columns = sorted(found.everything if found else [], key=lambda column: column.effect)
-    names = [column.column for column in columns]
-    colours = ["#d55e00" if column.moved else "#7f7f7f" for column in columns]
-    axes.barh(names, [column.effect for column in columns], color=colours)
-    axes.plot(
-        [column.threshold for column in columns],
-        names,
-        "|",
-        color="black",
-        markersize=14,
-        label="threshold",
-    )
-    axes.set_xlabel("effect: standard deviations (numbers) or share of rows (categories)")
-    if columns:
-        axes.legend(frameon=False)
-    return figure
+    def shapes(self) -> Figure:
+        """Draw the columns that moved most: training rows behind, this window in front."""
+        return shapes_figure(self.snapshot.to_json())
 
-# %% ../../nbs/pipeline/35_watch.ipynb #92efee57
+# %% ../../nbs/pipeline/35_watch.ipynb #a142e856
 def look_at_traffic(
     stage: Stage, *, since: float, until: float, parts: int, html_report: bool
 ) -> Look:
@@ -162,10 +143,8 @@ def evidently_page(stage: Stage, snapshot: MonitorSnapshot) -> Path | None:
     if champion is None or drift is None or drift.verdict == "not enough data":
         return None
     rows = champion_rows(snapshot.window, champion)
-    names = [feature.name for feature in champion.features.features]
-    return render_report(
-        rows[names], reference_frame(champion.profile), drift, stage.output("drift.html")
-    )
+    tables = report_tables(champion.profile, rows, champion.features)
+    return render_report(*tables, drift, stage.output("drift.html"))
 
 # %% ../../nbs/pipeline/35_watch.ipynb #384fa1d7
 def decide_next_cycle(stage: Stage, *, new_rows: int) -> tuple[Outcome, pd.DataFrame]:
