@@ -77,9 +77,10 @@ def drawing(chart: Chart) -> str:
         if len(points) == 1:
             parts.append(f'<path class="dot" d="M{path}h0.01"/>')
         else:
-            parts.append(
-                f'<path class="area" d="M{points[0][0]},100L{path}L{points[-1][0]},100Z"/>'
-            )
+            if chart.from_zero:
+                parts.append(
+                    f'<path class="area" d="M{points[0][0]},100L{path}L{points[-1][0]},100Z"/>'
+                )
             parts.append(f'<path class="line" d="M{path}"/>')
     parts += hit_areas(chart, x)
     return f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{"".join(parts)}</svg>'

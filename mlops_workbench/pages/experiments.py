@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,9 @@ from .read_models import read_table
 
 # %% auto #0
 __all__ = ['Run', 'HIDDEN_METRICS', 'SHOWN_METRICS', 'SHOWN_PARAMETERS', 'COLOURS', 'OTHERS', 'LAYOUT', 'MAXIMUM_CHOSEN',
-           'MAXIMUM_LINES', 'read_runs', 'common_metrics', 'differing_parameters', 'short', 'number_or_text',
-           'runs_frame', 'differing_rows', 'change_text', 'comparison_html', 'empty_figure', 'draw_curves', 'axis_of',
-           'parallel_axes', 'draw_parallel', 'ExperimentsPage', 'experiments_page']
+           'MAXIMUM_LINES', 'TABLE', 'read_runs', 'common_metrics', 'differing_parameters', 'short', 'number_or_text',
+           'runs_frame', 'differing_rows', 'change_text', 'comparison_html', 'empty_figure', 'parallel_figure',
+           'draw_curves', 'Axis', 'axis_of', 'parallel_axes', 'draw_parallel', 'ExperimentsPage', 'experiments_page']
 
 # %% ../../nbs/pages/04_experiments.ipynb #8493083f
 Run = Mapping[str, Any]
@@ -39,17 +41,17 @@ def read_runs(model: Path) -> list[dict[str, Any]]:
 
 # %% ../../nbs/pages/04_experiments.ipynb #b2dd9136
 HIDDEN_METRICS = ("system/", "hardware/")
-SHOWN_METRICS, SHOWN_PARAMETERS = 4, 3
+SHOWN_METRICS, SHOWN_PARAMETERS = 3, 3
 
 # %% ../../nbs/pages/04_experiments.ipynb #7df5f662
 def common_metrics(runs: Sequence[Run]) -> list[str]:
-    """Return the metrics that most runs have, the most frequent first, without those of the hardware."""
+    """Return the metrics that runs have, the most frequent first, losses last, without those of the hardware."""
     counts: dict[str, int] = {}
     for run in runs:
         for name in run["metrics"]:
             if not name.startswith(HIDDEN_METRICS):
                 counts[name] = counts.get(name, 0) + 1
-    return sorted(counts, key=lambda name: (-counts[name], name))
+    return sorted(counts, key=lambda name: ("loss" in name, -counts[name], name))
 
 # %% ../../nbs/pages/04_experiments.ipynb #b421ae72
 def differing_parameters(runs: Sequence[Run]) -> list[str]:
@@ -191,7 +193,19 @@ def empty_figure(**layout: Any) -> Any:
     figure.add_class("mwb-figure")
     return figure
 
-# %% ../../nbs/pages/04_experiments.ipynb #360cdc28
+# %% ../../nbs/pages/04_experiments.ipynb #365a912d
+def parallel_figure() -> Any:
+    """Return an empty figure for parallel coordinates: names of the axes above, no scale."""
+    across = {"side": "top", "title": {"text": ""}, "zeroline": False, "fixedrange": True}
+    down = {"visible": False, "range": [-0.14, 1.14], "fixedrange": True}
+    return empty_figure(
+        xaxis=across,
+        yaxis=down,
+        margin={"l": 15, "r": 15, "t": 40, "b": 15},
+        legend={"orientation": "h", "y": -0.02},
+    )
+
+# %% ../../nbs/pages/04_experiments.ipynb #90ed1167
 def draw_curves(
     figure: Any, points: Sequence[Mapping[str, Any]], runs: Sequence[Run], metric: str
 ) -> None:
@@ -217,26 +231,39 @@ def draw_curves(
         figure.add_traces(lines)
         figure.layout.yaxis.title.text = escape(metric)
 
-# %% ../../nbs/pages/04_experiments.ipynb #da8fdd14
-def axis_of(name: str, values: Sequence[object]) -> dict[str, Any] | None:
-    """Return one axis of parallel coordinates; None when the values are neither all numbers nor few words."""
-    label = escape(name if len(name) <= 18 else name[:17] + "\u2026")
-    numbers = pd.to_numeric(pd.Series(values, dtype=object), errors="coerce")
+# %% ../../nbs/pages/04_experiments.ipynb #007bb36e
+@dataclass(frozen=True)
+class Axis:
+    """One axis of parallel coordinates."""
+
+    name: str
+    places: list[float]  # 0 (bottom) to 1 (top), one a run
+    texts: list[str]  # the values as they are written, one a run
+    bottom: str
+    top: str
+
+# %% ../../nbs/pages/04_experiments.ipynb #293cc02b
+def axis_of(name: str, values: Sequence[object]) -> Axis | None:
+    """Return one axis; None when the values are neither all numbers nor few words.
+
+    Numbers above zero that span a factor of a hundred or more stand on a logarithmic axis.
+    """
+    texts = [short(value) or "-" for value in values]
+    numbers = pd.to_numeric(pd.Series(values, dtype=object), errors="coerce").astype(float)
     if numbers.notna().all():
-        return {"label": label, "values": numbers.tolist()}
-    words = sorted({str(value) for value in values})
+        low, high = numbers.min(), numbers.max()
+        scaled = numbers.map(math.log) if low > 0 and high / low >= 100 else numbers
+        reach = (scaled.max() - scaled.min()) or 1.0
+        places = ((scaled - scaled.min()) / reach).tolist() if high > low else [0.5] * len(texts)
+        return Axis(name, places, texts, short(float(low)), short(float(high)))
+    words = sorted(set(texts))
     if len(words) > 12:
         return None
-    codes = [words.index(str(value)) for value in values]
-    return {
-        "label": label,
-        "values": codes,
-        "tickvals": list(range(len(words))),
-        "ticktext": [escape(w)[:14] for w in words],
-    }
+    step = 1 / max(1, len(words) - 1)
+    return Axis(name, [words.index(text) * step for text in texts], texts, words[0], words[-1])
 
-# %% ../../nbs/pages/04_experiments.ipynb #25db2c7d
-def parallel_axes(runs: Sequence[Run], maximum: int = 7) -> list[dict[str, Any]]:
+# %% ../../nbs/pages/04_experiments.ipynb #a8a34d0e
+def parallel_axes(runs: Sequence[Run], maximum: int = 7) -> list[Axis]:
     """Return the axes of what differs: data version and parameters first, then metrics that all runs have."""
     axes = []
     everywhere = [
@@ -253,26 +280,74 @@ def parallel_axes(runs: Sequence[Run], maximum: int = 7) -> list[dict[str, Any]]
 # %% ../../nbs/pages/04_experiments.ipynb #1169312d
 def draw_parallel(figure: Any, runs: Sequence[Run], chosen: Sequence[Run]) -> None:
     """Put runs into a figure of parallel coordinates, the chosen ones coloured and drawn last."""
-    ids = [run["run_id"] for run in chosen]
-    ordered = sorted(runs, key=lambda run: run["run_id"] in ids)
-    levels = [1 + ids.index(run["run_id"]) if run["run_id"] in ids else 0 for run in ordered]
-    palette = [OTHERS, *COLOURS[: len(ids)]]
-    scale = [[place / max(1, len(palette) - 1), colour] for place, colour in enumerate(palette)]
-    line = {
-        "color": levels,
-        "colorscale": scale,
-        "cmin": 0,
-        "cmax": max(1, len(palette) - 1),
-        "showscale": False,
+    axes = parallel_axes(runs)
+    colours = {run["run_id"]: colour for run, colour in zip(chosen, COLOURS, strict=False)}
+    lines = []
+    for place, run in sorted(enumerate(runs), key=lambda pair: pair[1]["run_id"] in colours):
+        colour = colours.get(run["run_id"])
+        name = escape(run["name"])[:60]
+        lines.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "x": list(range(len(axes))),
+                "y": [axis.places[place] for axis in axes],
+                "text": [
+                    f"{name}<br>{escape(axis.name)}: {escape(axis.texts[place])}" for axis in axes
+                ],
+                "hoverinfo": "text",
+                "name": name,
+                "showlegend": colour is not None,
+                "marker": {"size": 6},
+                "line": {"color": colour or OTHERS, "width": 3 if colour else 1.5},
+            }
+        )
+    ends = [
+        (across, end, text)
+        for across, axis in enumerate(axes)
+        for end, text in ((0, axis.bottom), (1, axis.top))
+    ]
+    notes = [
+        {
+            "x": across,
+            "y": end,
+            "text": escape(text[:16]),
+            "showarrow": False,
+            "yshift": 14 if end else -14,
+            "font": {"size": 11},
+        }
+        for across, end, text in ends
+    ]
+    ticks = {
+        "tickvals": list(range(len(axes))),
+        "ticktext": [
+            escape(axis.name if len(axis.name) <= 18 else axis.name[:17] + "\u2026")
+            for axis in axes
+        ],
     }
     with figure.batch_update():
         figure.data = ()
-        figure.add_traces(
-            [{"type": "parcoords", "dimensions": parallel_axes(ordered), "line": line}]
-        )
+        figure.add_traces(lines)
+        figure.layout.annotations = notes
+        figure.layout.xaxis.update({**ticks, "range": [-0.3, len(axes) - 0.7]})
 
-# %% ../../nbs/pages/04_experiments.ipynb #efeec7db
-MAXIMUM_CHOSEN, MAXIMUM_LINES = len(COLOURS), 200
+# %% ../../nbs/pages/04_experiments.ipynb #f8257902
+MAXIMUM_CHOSEN, MAXIMUM_LINES = len(COLOURS), 100
+TABLE: dict[str, Any] = {
+    "select": {
+        "style": "multi",
+        "keys": "true",
+    },  # a click or Enter adds a row, the arrow keys move
+    "allow_html": True,  # cells are escaped by us
+    "showIndex": False,
+    "maxBytes": 0,
+    "autoWidth": False,
+    "pageLength": 10,
+    "order": [],  # newest first
+    "classes": "display compact",
+    "layout": {"topStart": "search", "topEnd": None, "bottomStart": "info", "bottomEnd": "paging"},
+    "language": {"search": "Search", "info": "_START_ to _END_ of _TOTAL_", "emptyTable": "no run"},
+}
 
 # %% ../../nbs/pages/04_experiments.ipynb #0cc74dd7
 class ExperimentsPage(LivePage):
@@ -289,34 +364,11 @@ class ExperimentsPage(LivePage):
         self.chosen_ids: list[str] | None = None
         self.drawing = False
         self.head, self.comparison = ipywidgets.HTML(), ipywidgets.HTML()
-        self.table = ITable(
-            pd.DataFrame({"run": []}),
-            select={"style": "multi", "keys": "true"},
-            maxBytes=0,
-            pageLength=10,
-            classes="display compact",
-            allow_html=True,
-            showIndex=False,
-            order=[],
-            layout={
-                "topStart": "search",
-                "topEnd": None,
-                "bottomStart": "info",
-                "bottomEnd": "paging",
-            },
-            language={
-                "search": "Search",
-                "info": "_START_ to _END_ of _TOTAL_",
-                "emptyTable": "no run",
-            },
-        )
+        self.table = ITable(pd.DataFrame({"run": []}), **TABLE)
         self.metric = ipywidgets.Dropdown(description="Metric", layout={"width": "max-content"})
         self.curve_head = ipywidgets.HTML(block("<h2>Learning curves</h2>"))
         self.axes_head = ipywidgets.HTML(block("<h2>All training runs over what differs</h2>"))
-        self.curves, self.axes = (
-            empty_figure(),
-            empty_figure(margin={"l": 70, "r": 60, "t": 55, "b": 25}),
-        )
+        self.curves, self.axes = empty_figure(), parallel_figure()
         self.axes_place = ipywidgets.Box([self.axes])
         self.axes_place.add_class("mwb-wide")
         self.table.observe(self.on_select, "selected_rows")
@@ -337,7 +389,8 @@ class ExperimentsPage(LivePage):
             names = self.curve_names()
             wanted = self.metric.value if self.metric.value in names else next(iter(names), None)
             self.metric.options, self.metric.value = names, wanted
-            self.table.update(runs_frame(self.runs), selected_rows=places)
+            with pd.option_context("display.float_format", "{:.4g}".format):
+                self.table.update(runs_frame(self.runs), selected_rows=places, **TABLE)
         finally:
             self.drawing = False
         self.body.children = [

@@ -15,8 +15,8 @@ from pathlib import Path
 import ipywidgets
 
 # %% auto #0
-__all__ = ['STATES', 'log', 'escape', 'style', 'style_sheet', 'block', 'table_html', 'Markup', 'state_html', 'tile_html', 'ago',
-           'problem_html', 'shown_errors']
+__all__ = ['STATES', 'log', 'escape', 'style', 'style_sheet', 'block', 'Markup', 'table_html', 'state_html', 'value_html',
+           'tile_html', 'ago', 'problem_html', 'shown_errors']
 
 # %% ../../nbs/pages/02_look.ipynb #d55435e6
 def escape(value: object) -> str:
@@ -41,6 +41,10 @@ def block(inner: str) -> str:
     """Return HTML inside the element that the style sheet dresses."""
     return f'<div class="mwb">{inner}</div>'
 
+# %% ../../nbs/pages/02_look.ipynb #770b8b21
+class Markup(str):
+    """Text that is HTML already, made by this package out of escaped parts."""
+
 # %% ../../nbs/pages/02_look.ipynb #0b936ac5
 def table_html(
     columns: Sequence[str],
@@ -63,10 +67,6 @@ def table_html(
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
-# %% ../../nbs/pages/02_look.ipynb #770b8b21
-class Markup(str):
-    """Text that is HTML already, made by this package out of escaped parts."""
-
 # %% ../../nbs/pages/02_look.ipynb #6f425b18
 STATES = {
     "ok": ("good", "\u25cf", "OK"),
@@ -83,13 +83,21 @@ def state_html(state: str) -> Markup:
         f'<em class="mwb-state {colour}"><i aria-hidden="true">{shape}</i> {escape(word)}</em>'
     )
 
+# %% ../../nbs/pages/02_look.ipynb #0c5327b9
+def value_html(value: str) -> Markup:
+    """Return a figure with its unit set smaller: "0.42 per second"."""
+    number, _, unit = value.partition(" ")
+    if not unit or not number[:1].isdigit():
+        return Markup(escape(value))
+    return Markup(f"{escape(number)}<small> {escape(unit)}</small>")
+
 # %% ../../nbs/pages/02_look.ipynb #42e2fb8a
 def tile_html(name: str, value: str, state: str, note: str = "") -> str:
     """Return one tile: a figure, its state and a line below it."""
     colour = STATES.get(state, STATES["no data"])[0]
     return (
         f'<div class="mwb-tile {colour}" role="group" aria-label="{escape(name)}">'
-        f'<span class="mwb-name">{escape(name)}</span><b>{escape(value)}</b>{state_html(state)}'
+        f'<span class="mwb-name">{escape(name)}</span><b>{value_html(value)}</b>{state_html(state)}'
         f'<span class="mwb-note">{escape(note)}</span></div>'
     )
 

@@ -112,7 +112,7 @@ def limits(snapshot: Snapshot) -> dict[str, float]:
     found = {alert["metric"]: alert["threshold"] for alert in snapshot["alerts"]}
     return {name: limit for name, limit in found.items() if name != "drift"}
 
-# %% ../../nbs/pages/06_monitoring.ipynb #b2cd9d8f
+# %% ../../nbs/pages/06_monitoring.ipynb #a7589425
 def charts_html(
     times: Sequence[float], series: Mapping[str, Sequence[float | None]], limit: Mapping[str, float]
 ) -> str:
@@ -128,7 +128,7 @@ def charts_html(
         else "<p class='mwb-empty'>No series yet.</p>"
     )
 
-# %% ../../nbs/pages/06_monitoring.ipynb #0d1b749d
+# %% ../../nbs/pages/06_monitoring.ipynb #30558d76
 def looks_series(
     looks: Sequence[Mapping[str, Any]],
 ) -> tuple[list[float], dict[str, list[float | None]]]:
@@ -144,7 +144,7 @@ def figure_text(name: str, value: float | None) -> str:
     if value is None:
         return "not enough data"
     return (
-        f"{value:.1%}"
+        f"{100 * value:.3g} %"
         if name.endswith("share") or name == "drift"
         else f"{value:.4g} ms"
         if name.endswith("_ms")
@@ -176,9 +176,7 @@ def alerts_html(snapshot: Snapshot, now: float) -> str:
             if alert["broken_windows"]
             else ""
         )
-        rule = (
-            f"{name.replace('_', ' ')} {alert['operator']} {figure_text(name, alert['threshold'])}"
-        )
+        rule = f"{name.removesuffix('_ms').replace('_', ' ')} {alert['operator']} {figure_text(name, alert['threshold'])}"
         rows.append(
             [
                 state_html(alert_state(alert)),
