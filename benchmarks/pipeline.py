@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -64,7 +64,7 @@ def one_turn(workspace: Workspace, dataset: str, say: Callable[[str], None]) -> 
         say(f"{result.cycle} {stage.stage}: {stage.summary or stage.status}")
     return result
 
-# %% ../../nbs/pipeline/44_loop.ipynb #e6a97950
+# %% ../../nbs/pipeline/44_loop.ipynb #cfe49210
 def run_loop(
     workspace: Workspace, dataset: str, stop: threading.Event, say: Callable[[str], None]
 ) -> None:

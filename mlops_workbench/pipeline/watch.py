@@ -110,7 +110,7 @@ class Look:
         """Draw the columns that moved most: training rows behind, this window in front."""
         return shapes_figure(self.snapshot.to_json())
 
-# %% ../../nbs/pipeline/35_watch.ipynb #a142e856
+# %% ../../nbs/pipeline/35_watch.ipynb #d3aa2c02
 def look_at_traffic(
     stage: Stage, *, since: float, until: float, parts: int, html_report: bool
 ) -> Look:
