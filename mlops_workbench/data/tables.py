@@ -83,6 +83,11 @@ def _plain_column(name: str, cells: pd.Series) -> pa.Array:
         ) from error
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
+    if pa.types.is_nested(column.type):
+        raise DataError(
+            f"column {name!r}: expected single values or numpy arrays of one shape, found {column.type}; "
+            "make numpy arrays or text of the cells before the snapshot"
+        )
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_null(column.type):
