@@ -1,0 +1,173 @@
+"""A person's clone: the commands of README.md are run as they stand there, and what they promise is looked at."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def blocks() -> list[str]:
+    """Every bash block of the README."""
+    return re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def commands(block: str) -> list[str]:
+    """The commands of a block without comments."""
+    return [line.split("  #")[0].strip() for line in block.splitlines() if line.strip()]
+
+
+def run(command: str, folder: Path, seconds: float = 900) -> subprocess.CompletedProcess[str]:
+    """Run one command as a person would; fail with what it printed."""
+    done = subprocess.run(
+        shlex.split(command),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env={**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "120"},
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh clone beside the environment that is already there."""
+    folder = tmp_path_factory.mktemp("clone") / "mlops-workbench"
+    run(f"git clone --quiet {ROOT} {folder}", ROOT)
+    (folder / ".venv").symlink_to(BIN.parent)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo(clone: Path) -> Path:
+    """The workspace that `make demo` leaves behind."""
+    assert commands(blocks()[0]) == ["make demo"]
+    run("make --old-file=.venv/.installed demo", clone)
+    return clone / "demo"
+
+
+@pytest.mark.timeout(900)
+def test_the_demo_keeps_every_promise(demo: Path) -> None:
+    board = json.loads((demo / "board.json").read_text())["promises"]
+    assert len(board) >= 11
+    assert [promise for promise in board if not promise["met"]] == []
+
+
+def test_the_demo_leaves_readable_notebooks_with_pictures(demo: Path) -> None:
+    notebooks = sorted(demo.glob("runs/*/*/notebook.ipynb"))
+    assert len(notebooks) >= 15
+    pictures = {}
+    for path in notebooks:
+        cells = json.loads(path.read_text())["cells"]
+        outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        assert not [output for output in outputs if output["output_type"] == "error"], path
+        shown = sum("image/png" in output.get("data", {}) for output in outputs)
+        pictures[path.parent.name.rsplit("-", 1)[0]] = shown
+    assert pictures["2_explore"] == pictures["3_train"] == pictures["4_evaluate"] == 1
+    assert pictures["6_monitor"] == 2
+
+
+def test_the_serving_release_is_the_good_one_again(demo: Path) -> None:
+    rows = json.loads(run("mwb release list --json", demo).stdout)
+    status = {row["name"]: row["status"] for row in rows}
+    assert status == {"flights-r1": "approved", "flights-r2": "approved", "flights-r3": "barred"}
+    assert [row["name"] for row in rows if row["serves"]] == ["flights-r2"]
+    again = subprocess.run(
+        [str(BIN / "mwb"), "run", "deploy", "-p", "deploy.release=flights-r3"],
+        cwd=demo,
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 4 and "barred" in again.stdout + again.stderr
+
+
+def test_the_commands_for_looking_around(clone: Path, demo: Path) -> None:
+    looking = [line for line in commands(blocks()[2]) if line.startswith("mwb")]
+    assert len(looking) >= 5
+    for command in looking:
+        assert run(command, clone).stdout.strip()
+
+
+def test_make_test_is_the_gate_and_the_tests(clone: Path) -> None:
+    assert commands(blocks()[1]) == ["make test"]
+    plan = run("make --old-file=.venv/.installed --dry-run test", clone).stdout
+    assert "tools/check.py" in plan and "pytest" in plan
+
+
+@pytest.fixture(scope="module")
+def own_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of somebody's own: gaps, words and numbers, and a label that follows from them."""
+    generator = np.random.default_rng(3)
+    rows = 1500
+    frame = pd.DataFrame(
+        {
+            "customer": [f"c{i:05d}" for i in range(rows)],
+            "age": generator.integers(18, 80, rows).astype(float),
+            "plan": generator.choice(["basic", "plus", "team"], rows),
+            "minutes": generator.gamma(2.0, 60.0, rows).round(1),
+        }
+    )
+    score = 0.06 * (frame.age - 45) - 0.02 * (frame.minutes - 120) + (frame.plan == "basic") * 1.5
+    chance = 1 / (1 + np.exp(-2 * score))
+    frame["left"] = np.where(generator.random(rows) < chance, "yes", "no")
+    frame.loc[generator.random(rows) < 0.05, "age"] = np.nan
+    path = tmp_path_factory.mktemp("own") / "customers.csv"
+    frame.to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture
+def served(own_table: Path) -> Iterator[tuple[Path, str]]:
+    """The README's four commands on that table; the last one is a server, which is stopped at the end."""
+    folder = own_table.parent
+    init, enter, start, serve = commands(blocks()[3])
+    assert (enter, start, serve) == ("cd mine", "mwb run", "mwb serve")
+    run(init.replace("FILE.csv", str(own_table)).replace("COLUMN", "left"), folder)
+    run(start, folder / "mine")
+    arguments = [str(BIN / "mwb"), "-s", "serving.port=0", "serve"]
+    server = subprocess.Popen(arguments, cwd=folder / "mine", stderr=subprocess.PIPE)
+    try:
+        port_file = folder / "mine" / ".mwb" / "serving.port"
+        deadline = time.monotonic() + 60
+        while not port_file.exists() and time.monotonic() < deadline:
+            assert server.poll() is None
+            time.sleep(0.1)
+        yield folder / "mine", f"http://127.0.0.1:{port_file.read_text().strip()}"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(20)
+
+
+@pytest.mark.timeout(600)
+def test_a_persons_own_table_becomes_a_service(served: tuple[Path, str]) -> None:
+    _, url = served
+    row = {"age": 70, "plan": "basic", "minutes": 10.0}
+    body = {"rows": [row], "ids": ["ask-1"]}
+    answer = httpx.post(f"{url}/predict", json=body, timeout=30)
+    for _ in range(100):
+        if answer.status_code == 200:
+            break
+        time.sleep(0.1)
+        answer = httpx.post(f"{url}/predict", json=body, timeout=30)
+    prediction = answer.json()["predictions"][0]
+    assert prediction["prediction"] == "yes"
+    assert prediction["probabilities"]["yes"] > 0.7
+    told = httpx.post(f"{url}/feedback", json={"feedback": [{"id": "ask-1", "label": "yes"}]})
+    assert told.json()["accepted"] == 1
+    wrong = httpx.post(f"{url}/predict", json={"rows": [{**row, "age": "old"}]})
+    assert wrong.status_code == 422 and "age" in wrong.text
