@@ -23,8 +23,9 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep -E '^torch==' requirements.lock)" "$$(grep -E '^uv==' requirements.lock)"
 	@echo "2/3 the other packages, as pinned in requirements.lock"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c requirements.lock -e '.[dev]'
-	@echo "3/3 the compiled form of our own code"
+	@echo "3/3 our own code, compiled, and an empty tracking store to copy from"
 	@$(BIN)/python -m compileall -q mlops_workbench
+	@$(BIN)/python -c "from mlops_workbench.experiment.store import prepare_template; prepare_template()"
 	@touch $@
 	@echo "ready: $(BIN)/mwb --help"
 
