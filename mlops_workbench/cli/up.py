@@ -42,7 +42,7 @@ def services(workspace: Workspace, mlflow_port: int) -> dict[str, list[str]]:
     return {
         "server": [*command, "serve", *here],
         "loop": [*command, "loop", *here],
-        "mail": [*command, "notify", "send", "--watch", *here],
+        "mail": [*command, "notify", "watch", *here],
         "pages": [*command, "pages", *here],
         "mlflow": mlflow,
     }
