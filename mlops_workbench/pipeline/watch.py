@@ -79,6 +79,7 @@ class Look:
         rows = [
             {
                 "column": c.column,
+                "measure": c.measure,
                 "effect": c.effect,
                 "threshold": c.threshold,
                 "moved": c.moved,
@@ -86,7 +87,9 @@ class Look:
             }
             for c in (found.everything if found else [])
         ]
-        return pd.DataFrame(rows, columns=["column", "effect", "threshold", "moved", "direction"])
+        return pd.DataFrame(
+            rows, columns=["column", "measure", "effect", "threshold", "moved", "direction"]
+        )
 
     def quality(self) -> pd.DataFrame:
         """Return what was promised at the evaluation beside what came true."""
@@ -110,7 +113,7 @@ class Look:
         """Draw the columns that moved most: training rows behind, this window in front."""
         return shapes_figure(self.snapshot.to_json())
 
-# %% ../../nbs/pipeline/35_watch.ipynb #d3aa2c02
+# %% ../../nbs/pipeline/35_watch.ipynb #32a0172b
 def look_at_traffic(
     stage: Stage, *, since: float, until: float, parts: int, html_report: bool
 ) -> Look:
