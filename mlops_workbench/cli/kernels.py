@@ -18,7 +18,10 @@ from .options import json_option, print_table, workspace_option
 # %% ../../nbs/cli/12_kernels.ipynb #9ce6864f
 @click.group()
 def kernels() -> None:
-    """Look after the pre-warmed kernels."""
+    """Look after the pre-warmed kernels.
+
+    Example: mwb kernels status
+    """
 
 # %% ../../nbs/cli/12_kernels.ipynb #30a66f9e
 def parent_row(status: dict[str, Any], key: str) -> dict[str, Any]:

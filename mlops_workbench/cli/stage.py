@@ -45,7 +45,10 @@ def stage_row(workspace: "Workspace", stage: "StageNotebook") -> dict[str, Any]:
 # %% ../../nbs/cli/11_stage.ipynb #9019c1d2
 @click.group()
 def stage() -> None:
-    """Look at the stages and their parameters."""
+    """Look at the stages and their parameters.
+
+    Example: mwb stage show train
+    """
 
 # %% ../../nbs/cli/11_stage.ipynb #c233d2ba
 @stage.command("list")
