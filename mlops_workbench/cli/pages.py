@@ -55,7 +55,7 @@ def page_commands(root: Path, port: int) -> dict[str, list[str]]:
         for name, more in parts.items()
     }
 
-# %% ../../nbs/cli/25_pages.ipynb #d6213923
+# %% ../../nbs/cli/25_pages.ipynb #ced6336e
 def run_together(
     commands: dict[str, list[str]], stop: threading.Event, patience_seconds: float = 10.0
 ) -> str:
@@ -109,8 +109,8 @@ def pages(port: int | None, workspace: Path | None) -> None:
     def told(number: int, frame: FrameType | None) -> None:
         stop.set()
 
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, told)
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, told)
     ended = run_together(page_commands(opened.root, number), stop)
     if ended and not stop.is_set():
         click.echo(f"mwb: {ended} ended by itself; see its words above", err=True)

@@ -205,7 +205,7 @@ def parallel_figure() -> Any:
         legend={"orientation": "h", "y": -0.02},
     )
 
-# %% ../../nbs/pages/04_experiments.ipynb #90ed1167
+# %% ../../nbs/pages/04_experiments.ipynb #3add5193
 def draw_curves(
     figure: Any, points: Sequence[Mapping[str, Any]], runs: Sequence[Run], metric: str
 ) -> None:
@@ -249,7 +249,9 @@ def axis_of(name: str, values: Sequence[object]) -> Axis | None:
     Numbers above zero that span a factor of a hundred or more stand on a logarithmic axis.
     """
     texts = [short(value) or "-" for value in values]
-    numbers = pd.to_numeric(pd.Series(values, dtype=object), errors="coerce").astype(float)
+    numbers = pd.to_numeric(pd.Series([str(value) for value in values]), errors="coerce").astype(
+        float
+    )
     if numbers.notna().all():
         low, high = numbers.min(), numbers.max()
         scaled = numbers.map(math.log) if low > 0 and high / low >= 100 else numbers
@@ -427,9 +429,9 @@ class ExperimentsPage(LivePage):
         return [run["run_id"] for run in (training or self.runs)[:2]]
 
     def chosen(self) -> list[dict[str, Any]]:
-        """Return the selected runs in the order of the table, at most as many as there are colours."""
+        """Return the newest of the selected runs, as many as there are colours, in the order in which they were made."""
         places = sorted(place for place in self.table.selected_rows if place < len(self.runs))
-        return [self.runs[place] for place in places][:MAXIMUM_CHOSEN]
+        return [self.runs[place] for place in reversed(places[:MAXIMUM_CHOSEN])]
 
     def on_select(self, change: object) -> None:
         """Remember what was selected and draw what belongs to it."""
@@ -449,7 +451,7 @@ class ExperimentsPage(LivePage):
         chosen = self.chosen()
         more = len(self.table.selected_rows) - len(chosen)
         note = (
-            f"<p>The first {MAXIMUM_CHOSEN} of them are shown, {more} more are selected.</p>"
+            f"<p>The newest {MAXIMUM_CHOSEN} of them are shown, {more} more are selected.</p>"
             if more > 0
             else ""
         )

@@ -124,7 +124,7 @@ def shown_errors(place: ipywidgets.HTML) -> Iterator[None]:
     """Show an error of the block in `place` instead of losing it; clear the place when there is none."""
     try:
         yield
-    except Exception as err:  # noqa: BLE001 - a page must say what went wrong, whatever it was
+    except Exception as err:  # a page must say what went wrong, whatever it was
         log.exception("the page could not be drawn")
         place.value = problem_html(
             f"This part cannot be shown just now: {type(err).__name__}: {err}"

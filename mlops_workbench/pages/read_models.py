@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..core.clock import timestamp
 from ..core.files import write_json
 
 # %% auto #0
-__all__ = ['Tables', 'write_model', 'read_table', 'model_mark', 'ReaderState', 'write_state', 'read_state']
+__all__ = ['Tables', 'write_model', 'open_model', 'read_table', 'model_mark', 'ReaderState', 'write_state', 'read_state']
 
 # %% ../../nbs/pages/00_read_models.ipynb #dc51bf57
 Tables = Mapping[str, tuple[Sequence[str], Iterable[Sequence[Any]]]]
@@ -39,13 +40,20 @@ def write_model(path: Path, tables: Tables) -> None:
     finally:
         work.unlink(missing_ok=True)
 
+# %% ../../nbs/pages/00_read_models.ipynb #f581c2e2
+@contextmanager
+def open_model(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open a read model for reading only; its rows are read by the names of their columns."""
+    with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
+        connection.row_factory = sqlite3.Row
+        yield connection
+
 # %% ../../nbs/pages/00_read_models.ipynb #1da60914
 def read_table(path: Path, name: str) -> list[dict[str, Any]]:
     """Return the rows of a table of a read model; none while there is no model."""
     if not path.exists():
         return []
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
-        connection.row_factory = sqlite3.Row
+    with open_model(path) as connection:
         return [dict(row) for row in connection.execute(f"SELECT * FROM {name}")]
 
 # %% ../../nbs/pages/00_read_models.ipynb #23e3544a

@@ -21,8 +21,8 @@ from ..core.workspace import Workspace
 from .live import READ_MODELS_VARIABLE
 
 # %% auto #0
-__all__ = ['CONTENT_SECURITY_POLICY', 'EXTENSIONS', 'TEMPLATE', 'KEPT_VARIABLES', 'apps_folder', 'share_folder', 'voila_settings',
-           'page_environment', 'end_with_parent', 'main']
+__all__ = ['CONTENT_SECURITY_POLICY', 'EXTENSIONS', 'TEMPLATE', 'UNTRACKED', 'KEPT_VARIABLES', 'apps_folder', 'share_folder',
+           'voila_settings', 'page_environment', 'end_with_parent', 'main']
 
 # %% ../../nbs/pages/07_voila_server.ipynb #608b0ef8
 CONTENT_SECURITY_POLICY = "; ".join(
@@ -69,6 +69,36 @@ def share_folder() -> Path:
     """Return the folder of this package in which Voila finds our template."""
     return Path(mlops_workbench.__file__).resolve().parent / "pages" / "share"
 
+# %% ../../nbs/pages/07_voila_server.ipynb #19bd6779
+UNTRACKED = (
+    *(
+        "comm_info_request",
+        "comm_info_reply",
+        "kernel_info_request",
+        "kernel_info_reply",
+        "shutdown_request",
+    ),
+    *(
+        "shutdown_reply",
+        "interrupt_request",
+        "interrupt_reply",
+        "debug_request",
+        "debug_reply",
+        "stream",
+    ),
+    *(
+        "display_data",
+        "update_display_data",
+        "execute_input",
+        "execute_result",
+        "error",
+        "status",
+        "clear_output",
+    ),
+    *("debug_event", "input_request", "input_reply"),
+    "comm_msg",
+)
+
 # %% ../../nbs/pages/07_voila_server.ipynb #e97d9e15
 def voila_settings(workspace: Workspace, port: int) -> dict[str, dict[str, Any]]:
     """Return Voila's configuration by class; SettingsError for an address that would show pages to the network.
@@ -86,6 +116,7 @@ def voila_settings(workspace: Workspace, port: int) -> dict[str, dict[str, Any]]
         "cull_idle_timeout": idle,
         "cull_interval": max(1, min(60, idle // 4)),
         "cull_connected": False,
+        "untracked_message_types": list(UNTRACKED),
     }
     return {
         "Voila": {
@@ -119,9 +150,31 @@ def voila_settings(workspace: Workspace, port: int) -> dict[str, dict[str, Any]]
 
 # %% ../../nbs/pages/07_voila_server.ipynb #b5ae85cd
 KEPT_VARIABLES = frozenset(
-    "PATH HOME USER LOGNAME LANG LANGUAGE TZ TMPDIR VIRTUAL_ENV LD_LIBRARY_PATH MWB_CLOCK_OFFSET_SECONDS "
-    "PYTHONPATH PYTHONUNBUFFERED PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX JUPYTER_RUNTIME_DIR JUPYTER_DATA_DIR "
-    "JUPYTER_CONFIG_DIR IPYTHONDIR XDG_RUNTIME_DIR XDG_CACHE_HOME XDG_DATA_HOME XDG_CONFIG_HOME".split()
+    {
+        "PATH",
+        "HOME",
+        "USER",
+        "LOGNAME",
+        "LANG",
+        "LANGUAGE",
+        "TZ",
+        "TMPDIR",
+        "VIRTUAL_ENV",
+        "LD_LIBRARY_PATH",
+        "PYTHONPATH",
+        "PYTHONUNBUFFERED",
+        "PYTHONDONTWRITEBYTECODE",
+        "PYTHONPYCACHEPREFIX",
+        "MWB_CLOCK_OFFSET_SECONDS",
+        "JUPYTER_RUNTIME_DIR",
+        "JUPYTER_DATA_DIR",
+        "JUPYTER_CONFIG_DIR",
+        "IPYTHONDIR",
+        "XDG_RUNTIME_DIR",
+        "XDG_CACHE_HOME",
+        "XDG_DATA_HOME",
+        "XDG_CONFIG_HOME",
+    }
 )
 
 # %% ../../nbs/pages/07_voila_server.ipynb #57920bc6
