@@ -37,8 +37,9 @@ class TrainingPlan:
     patience: int  # epochs without a better figure after which it stops
     weight_decay: float
     schedule: str  # of the learning rate, one of SCHEDULES
+    refit: bool  # once the number of epochs is known, train again on training and validation rows together
 
-# %% ../../nbs/experiment/05_plan.ipynb #34177880
+# %% ../../nbs/experiment/05_plan.ipynb #6bb68435
 def read_plan(
     recipe: Recipe, parameters: Mapping[str, Scalar]
 ) -> tuple[TrainingPlan, dict[str, Scalar]]:
@@ -70,6 +71,9 @@ def read_plan(
         raise UsageError(
             f"expected 'schedule' among {', '.join(SCHEDULES)}, found {shorten(schedule)}"
         )
+    refit = merged.get("refit", False)
+    if not isinstance(refit, bool):
+        raise UsageError(f"expected 'refit' as true or false, found {shorten(refit)}")
     epochs = int(number("epochs", 10, 1))
     plan = TrainingPlan(
         learning_rate=float(number("learning_rate", 1e-3, 0)),
@@ -78,6 +82,7 @@ def read_plan(
         patience=int(number("patience", epochs, 1)),
         weight_decay=float(number("weight_decay", 0.0, 0)),
         schedule=str(schedule),
+        refit=refit,
     )
     return plan, merged
 

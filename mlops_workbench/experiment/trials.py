@@ -196,7 +196,7 @@ def choose(
     chosen = ahead if shown else 0
     return Choice(table.parameters(chosen), BETTER if shown else NOT_SHOWN, evidence)
 
-# %% ../../nbs/experiment/10_trials.ipynb #916bcbe4
+# %% ../../nbs/experiment/10_trials.ipynb #603bf5d7
 def _gain_evidence(
     table: TrialTable, setting: int, gains: np.ndarray, probability: float
 ) -> dict[str, Any]:
@@ -213,6 +213,7 @@ def _gain_evidence(
 
 # %% ../../nbs/experiment/10_trials.ipynb #66f3cd51
 def write_tasks(
+    recipe: Recipe,
     recipe_reference: str,
     root: Path,
     parts: Mapping[str, pd.DataFrame],  # "train" and "validation"
@@ -229,9 +230,12 @@ def write_tasks(
     for name, path in paths.items():
         parts[name].reset_index(drop=True).to_parquet(path, index=False)
     rows = [sha256_file(path) for path in paths.values()]
+    known = recipe.default_parameters()
+    shortened: dict[str, Scalar] = {"epochs": epochs} if epochs else {}
+    shortened |= {"refit": False} if "refit" in known else {}
     tasks = []
     for (setting, parameters), seed in itertools.product(enumerate(settings), range(repeats)):
-        told = {**parameters, **({"epochs": epochs} if epochs else {})}
+        told = {**parameters, **shortened}
         identity = digest_of([recipe_reference, rows, told, seed, device])
         place = folder / f"{setting:02d}-seed{seed}-{identity[:8]}"
         place.mkdir(exist_ok=True)
@@ -336,6 +340,7 @@ def run_grid(
     recipe = load_recipe(recipe_reference, root)
     settings = list_settings(recipe, grid)
     tasks = write_tasks(
+        recipe,
         recipe_reference,
         root,
         parts,

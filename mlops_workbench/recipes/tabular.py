@@ -98,15 +98,16 @@ def table_schema(features: FeatureSchema) -> "pandera.DataFrameSchema":
 
 # %% ../../nbs/recipes/03_tabular.ipynb #422695ae
 DEFAULT_PARAMETERS: dict[str, Scalar] = {
-    "learning_rate": 0.003,
+    "learning_rate": 0.001,
     "batch_size": 256,
     "epochs": 40,
     "patience": 6,  # epochs without a better figure after which training stops
     "weight_decay": 0.1,
     "schedule": "constant",
-    "hidden": 64,
+    "refit": True,  # when the number of epochs is known, train again on the validation rows too
+    "hidden": 32,
     "layers": 2,
-    "dropout": 0.4,
+    "dropout": 0.3,
     "embedding": 4,
 }
 
@@ -207,8 +208,8 @@ class TabularRecipe:
         if self._grid is not None:
             return dict(self._grid)
         return {
-            "learning_rate": [self._parameters["learning_rate"], 0.001],
-            "hidden": [self._parameters["hidden"], 32],
+            "learning_rate": [self._parameters["learning_rate"], 0.003],
+            "hidden": [self._parameters["hidden"], 64],
         }
 
     def source(self, selection: str = "all") -> pd.DataFrame:
