@@ -1,5 +1,6 @@
 """The runner: what counts as finished, what is used again, and what is left after things were killed."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -475,35 +477,37 @@ def test_a_runner_killed_at_random_moments_goes_on_where_it_was(tmp_path: Path) 
     assert_nothing_lost_or_doubled(workspace, kills)
 
 
+def kill_later(pid: int, seconds: float) -> None:
+    """End a process after a while; never another one that got its number."""
+    handle = os.pidfd_open(pid)
+
+    def end() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        os.close(handle)
+
+    threading.Timer(seconds, end).start()
+
+
 def test_a_kernel_killed_at_random_moments_goes_on_where_it_was(tmp_path: Path) -> None:
     workspace = fresh(tmp_path, LOOP)
     choose = random.Random(10)
     kills = 0
-    while kills < 10:
-        pids: list[int] = []
-        events: list[Progress] = []
 
-        def note(event: Progress, pids: list[int] = pids, events: list[Progress] = events) -> None:
-            events.append(event)
-            if event.kind == "kernel":
-                record = read_run(working(workspace)[-1])
-                assert record is not None
-                pids.append(int(record.kernel_process.partition(":")[0]))
-                if len(events) and choose.random() < 0.8:
-                    seconds = choose.uniform(0.0, 0.8)
-                    subprocess.Popen(
-                        ["sh", "-c", f"sleep {seconds:.3f}; kill -9 {pids[-1]}"],
-                        stderr=subprocess.DEVNULL,
-                    )
+    def strike(event: Progress) -> None:
+        if event.kind == "kernel" and kills < 10:
+            record = read_run(working(workspace)[-1])
+            assert record is not None
+            kill_later(int(record.kernel_process.partition(":")[0]), choose.uniform(0.0, 0.7))
 
-        result = run_stages(workspace, progress=note)
+    for _ in range(40):
+        result = run_stages(workspace, progress=strike)
         if result.ok:
             break
         kills += 1
         assert result.stages[-1].status == "killed"
         assert result.resume == "mwb run"
-    result = run_stages(workspace)
-    assert result.ok and kills >= 2
+    assert result.ok and kills >= 3
     assert_nothing_lost_or_doubled(workspace, kills)
 
 

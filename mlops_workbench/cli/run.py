@@ -161,6 +161,10 @@ def show_result(result: "CycleResult", *, live: bool) -> None:
     if last.failure is not None:
         show_failure(last, result.resume)
         return
+    if result.refused:
+        click.echo(
+            f"refused by stage {last.stage}: {last.summary}; nothing after it was run", err=True
+        )
     if all(outcome.status == "reused" for outcome in result.stages):
         click.echo(f"nothing has changed; everything was finished already ({result.seconds:.2f} s)")
     click.echo(f"notebook  {last.notebook.as_uri()}")

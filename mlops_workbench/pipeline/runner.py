@@ -235,6 +235,8 @@ class Plan:
             if here.reuse_key != key or not outputs_intact(here):
                 return None
             found.append(here)
+            if here.verdict == "refused":
+                break
         return found
 
 # %% ../../nbs/pipeline/15_runner.ipynb #d948169b
