@@ -18,7 +18,7 @@ TUTORIALS = [*sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb")), ROOT / "nbs"
 PAGES = sorted((ROOT / "voila_apps").glob("*.ipynb"))
 MAXIMUM_CELLS, MAXIMUM_EXPORTED_LINES, MAXIMUM_OUTPUT_BYTES, MAXIMUM_PAGE_LINES = (
     60,
-    420,
+    550,
     20_000,
     20,
 )
