@@ -9,6 +9,7 @@ __all__ = ['MAXIMUM_CATEGORIES', 'WIDE', 'MAXIMUM_ROWS', 'MAXIMUM_WIDE_ROWS', 'S
 
 # %% ../../nbs/data/07_labels.ipynb #303a2f91
 import os
+import re
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -185,6 +186,7 @@ def _report(
     estimate: NoiseEstimate,
     error: float,  # standard error of the share
     reference: int,
+    usual: float = 0.0,  # the share that honest rows seem to have wrong
 ) -> LabelReport:
     """The ranked rows and the figures."""
     probabilities = np.exp(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
@@ -204,7 +206,8 @@ def _report(
         float((estimate.wrong * (1 - estimate.wrong)).sum() + (error * len(labels)) ** 2) ** 0.5
     )
     count = float(estimate.share * len(labels))
-    low, high = (float(np.clip(count + sign * 1.96 * spread, 0, len(labels))) for sign in (-1, 1))
+    reach = (count - usual * len(labels) - 1.96 * spread, count + 1.96 * spread)
+    low, high = (float(np.clip(bound, 0, len(labels))) for bound in reach)
     flagged = tuple(rows["key"][rows["wrong"] > 0.5].tolist())
     return LabelReport(rows, scores, flagged, count, (low, high), len(labels), reference)
 
@@ -255,9 +258,11 @@ SHIFT_SPREAD = 0.5  # the least spread of the classes' log-odds between honest b
 # %% ../../nbs/data/07_labels.ipynb #6f5ed895
 def _check_classes(names: Sequence[str], labels: Labels, label: str) -> None:
     """Raise DataError when the labels are no classes, or too few rows to learn them."""
-    if not 2 <= len(names) <= 100:
+    measured = len(names) > 10 and any(re.fullmatch(r"-?\d+\.\d+", name) for name in names)
+    if measured or not 2 <= len(names) <= 100:
+        found = "numbers that were measured" if measured else str(len(names))
         raise DataError(
-            f"expected 2 to 100 classes in column {label!r}, found {len(names)}; labels are checked for classes only"
+            f"expected 2 to 100 classes in column {label!r}, found {found}; only classes are checked"
         )
     if len(labels) < MINIMUM_REFERENCE:
         raise DataError(
@@ -348,10 +353,9 @@ def check_labels(
     judged = factor * fit_judge(known, old, categories, len(names), seed)(batch)
     estimate = estimate_noise(judged, new, spread)
     limit, error = _prediction_limit(honest, estimate.standard_error)
-    report = _report(
-        frame.loc[_has_label(frame[label]), key], names, judged, new, estimate, error, len(old)
-    )
-    return LabelCheck(report, estimate.share, float(honest.mean()), limit, allowed, len(folds))
+    usual, keys = float(honest.mean()), frame.loc[_has_label(frame[label]), key]
+    report = _report(keys, names, judged, new, estimate, error, len(old), usual)
+    return LabelCheck(report, estimate.share, usual, limit, allowed, len(folds))
 
 # %% ../../nbs/data/07_labels.ipynb #8658bcff
 def _has_label(labels: pd.Series) -> NDArray[np.bool_]:

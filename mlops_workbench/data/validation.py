@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from numpy.typing import NDArray
+from scipy import stats
+
 from ..core.errors import DataError, DataRefusedError, shorten
 from ..core.settings import DataSettings, Settings
 
@@ -23,9 +26,10 @@ if TYPE_CHECKING:
     from mlops_workbench.data.labels import LabelCheck, LabelReport
 
 # %% auto #0
-__all__ = ['EXAMPLES', 'RANGE_SHARE', 'UNKNOWN_SHARE', 'CERTAIN', 'Problem', 'ValidationReport', 'report_html',
-           'BatchRefusedError', 'refuse', 'check_schema', 'check_missing', 'check_range', 'check_categories',
-           'check_against', 'check_keys', 'check_batch_labels', 'validate_batch']
+__all__ = ['EXAMPLES', 'RANGE_SHARE', 'UNKNOWN_SHARE', 'CERTAIN', 'LABEL_SHARE', 'FEW', 'Problem', 'ValidationReport',
+           'report_html', 'BatchRefusedError', 'refuse', 'check_schema', 'usual_change', 'check_missing', 'check_range',
+           'check_categories', 'check_against', 'check_keys', 'check_label_shares', 'check_batch_labels',
+           'validate_batch']
 
 # %% ../../nbs/data/08_validation.ipynb #8d7c684a
 EXAMPLES = 10  # keys named with a finding
@@ -156,18 +160,33 @@ def check_schema(frame: pd.DataFrame, schema: pandera.DataFrameSchema, key: str)
 # %% ../../nbs/data/08_validation.ipynb #d517a096
 RANGE_SHARE = 0.01  # of the rows that may lie far outside the range seen before
 UNKNOWN_SHARE = 0.20  # of the rows that may have a category never seen before
-CERTAIN = 4.0  # standard errors
+CERTAIN = 4.0  # standard errors beyond which chance alone explains nothing
+LABEL_SHARE = 0.25  # by which the share of a class may change
+FEW = 200  # accepted rows that are too few to know the range or the categories
+
+# %% ../../nbs/data/08_validation.ipynb #140c4b25
+def usual_change(
+    flags: NDArray[np.bool_],  # of the accepted rows in their stored order
+    rows: int,  # of the batch
+) -> float:
+    """How far the share of True in one more batch may lie from the share in all accepted rows."""
+    blocks = np.array_split(flags, int(np.clip(len(flags) // max(rows, 300), 4, 8)))
+    shares = [float(block.mean()) for block in blocks if len(block)]
+    typical = (float(flags.sum()) + 0.5) / (len(flags) + 1)
+    chance = (typical * (1 - typical) / rows) ** 0.5
+    observed = float(np.std(shares, ddof=1)) if len(shares) > 1 else 0.0
+    reach = max(float(stats.t.ppf(0.999, max(len(shares) - 1, 1))) * observed, CERTAIN * chance)
+    return float(reach * (1 + 1 / len(shares)) ** 0.5)
 
 # %% ../../nbs/data/08_validation.ipynb #1379fd4f
 def check_missing(
     frame: pd.DataFrame, previous: pd.DataFrame, column: str, key: str, allowed: float
 ) -> list[Problem]:
-    """A finding when the share of missing values changed by more than allowed and beyond chance."""
+    """A finding when the share of missing values changed by more than allowed and more than usual."""
     absent = frame[column].isna()
     before, after = float(previous[column].isna().mean()), float(absent.mean())
-    pooled = (before * len(previous) + after * len(frame)) / (len(previous) + len(frame))
-    error = (pooled * (1 - pooled) * (1 / len(previous) + 1 / len(frame))) ** 0.5
-    if abs(after - before) <= allowed or abs(after - before) <= CERTAIN * error:
+    change = abs(after - before)
+    if change <= allowed or change <= usual_change(previous[column].isna().to_numpy(), len(frame)):
         return []
     severity: Literal["refuse", "remark"] = "refuse" if after > before else "remark"
     text = f"{after:.1%} of the values are missing, {before:.1%} in the version before"
@@ -179,7 +198,7 @@ def _keys(frame: pd.DataFrame, mask: pd.Series, key: str) -> tuple[str, ...]:
     """The first keys of the rows in question."""
     return tuple(str(each) for each in frame.loc[mask, key].head(EXAMPLES))
 
-# %% ../../nbs/data/08_validation.ipynb #c4db5867
+# %% ../../nbs/data/08_validation.ipynb #8d6cd3ed
 def check_range(
     frame: pd.DataFrame, previous: pd.DataFrame, column: str, key: str
 ) -> list[Problem]:
@@ -193,12 +212,13 @@ def check_range(
     outside = (values < low) | (values > high)
     if not outside.any():
         return []
-    severity: Literal["refuse", "remark"] = "refuse" if outside.mean() > RANGE_SHARE else "remark"
+    large = outside.mean() > RANGE_SHARE and len(previous) >= FEW
+    severity: Literal["refuse", "remark"] = "refuse" if large else "remark"
     text = f"{int(outside.sum()):,} values far outside, first {values[outside].iloc[0]:g}"
     rule = f"values from {low:g} to {high:g}, the range before widened by its width on both sides"
     return [Problem(column, rule, int(outside.sum()), _keys(frame, outside, key), text, severity)]
 
-# %% ../../nbs/data/08_validation.ipynb #996509cc
+# %% ../../nbs/data/08_validation.ipynb #91344895
 def check_categories(
     frame: pd.DataFrame, previous: pd.DataFrame, column: str, key: str
 ) -> list[Problem]:
@@ -209,7 +229,8 @@ def check_categories(
     unknown = frame[column].notna() & ~frame[column].astype(str).isin(known)
     if not unknown.any():
         return []
-    severity: Literal["refuse", "remark"] = "refuse" if unknown.mean() > UNKNOWN_SHARE else "remark"
+    large = unknown.mean() > UNKNOWN_SHARE and len(previous) >= FEW
+    severity: Literal["refuse", "remark"] = "refuse" if large else "remark"
     text = f"{int(unknown.sum()):,} rows with new values, first {shorten(frame.loc[unknown, column].iloc[0], 40)}"
     rule = (
         f"at most {UNKNOWN_SHARE:.0%} of the rows with values that the version before does not have"
@@ -280,6 +301,25 @@ def check_keys(frame: pd.DataFrame, key: str) -> list[Problem]:
         text = f"{int(doubled.sum()):,} rows share a key"
         problems.append(Problem(key, "each key once", int(doubled.sum()), examples, text))
     return problems
+
+# %% ../../nbs/data/08_validation.ipynb #e677b342
+def check_label_shares(
+    frame: pd.DataFrame, previous: pd.DataFrame, key: str, label: str
+) -> list[Problem]:
+    """A finding when the share of a class changed by more than tolerated and more than usual."""
+    new, old = frame[label].dropna(), previous[label].dropna()
+    classes = set(new) | set(old)
+    if not len(new) or not len(old) or len(classes) > 100:
+        return []
+    for name in sorted(classes, key=str):
+        before, after = float((old == name).mean()), float((new == name).mean())
+        grown = after - before
+        if grown > LABEL_SHARE and grown > usual_change((old == name).to_numpy(), len(new)):
+            text = f"{after:.0%} of the labels are {shorten(name, 40)}, {before:.0%} in the version before"
+            rule = f"class shares within {LABEL_SHARE:.0%} of those before"
+            rows = frame[label] == name
+            return [Problem(label, rule, int(rows.sum()), _keys(frame, rows, key), text)]
+    return []
 
 # %% ../../nbs/data/08_validation.ipynb #d9b1fe88
 def check_batch_labels(
@@ -362,6 +402,8 @@ def validate_batch(
         allowed = limits.maximum_suspicious_share
         names: Mapping[str, Any] = {"key": key, "label": label, "features": features, "seed": seed}
         labels, more, notes = check_batch_labels(frame, previous, allowed=allowed, **names)
+        if previous is not None and label in previous:
+            problems += check_label_shares(frame, previous, key, label)
         problems += more
     refused = any(problem.severity == "refuse" for problem in problems)
     return ValidationReport(

@@ -1,0 +1,334 @@
+"""Is a batch good: 25 kinds of corruption, real clean months, 1,000 wrong labels in June."""
+
+import json
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pandera.pandas as pandera
+import pytest
+from data_support import new_store
+from sklearn.datasets import load_digits
+from sklearn.metrics import roc_auc_score
+
+from mlops_workbench.cli.main import main
+from mlops_workbench.core.errors import DataRefusedError
+from mlops_workbench.core.settings import DataSettings
+from mlops_workbench.data.labels import check_labels, suspicious_labels
+from mlops_workbench.data.validation import BatchRefusedError, ValidationReport, validate_batch
+from mlops_workbench.data.versions import DataStore
+
+NUMBERS = [
+    "hour", "distance", "temp", "dewp", "humid", "wind_speed", "precip", "pressure", "visib",
+]  # fmt: skip
+FEATURES = [*NUMBERS, "carrier", "origin", "dest"]
+
+
+def _flights() -> pd.DataFrame:
+    """The shipped flights with a key, a label and the month, without the delay that gives the label."""
+    frame = pd.read_parquet(str(files("mlops_workbench.recipes") / "flights.parquet"))
+    order = frame.groupby("month").cumcount().map("{:05}".format)
+    frame["flight_id"] = frame["month"].map("2013-{:02}-".format) + order
+    frame["late"] = (frame["arr_delay"] >= 15).astype(int)
+    return frame[["flight_id", "month", *FEATURES, "late"]]
+
+
+FLIGHTS = _flights()
+SCHEMA = pandera.DataFrameSchema(
+    {
+        "flight_id": pandera.Column(str, unique=True),
+        "hour": pandera.Column(int, pandera.Check.in_range(0, 24), coerce=True),
+        "temp": pandera.Column(float, pandera.Check.in_range(-40, 130), nullable=True),
+        "humid": pandera.Column(float, pandera.Check.in_range(0, 100), nullable=True),
+        "origin": pandera.Column(str, pandera.Check.isin(["EWR", "JFK", "LGA"])),
+        "late": pandera.Column(int, pandera.Check.isin([0, 1])),
+    }
+)
+
+
+def month(*months: int) -> pd.DataFrame:
+    """The flights of these months without the month itself."""
+    chosen = FLIGHTS[FLIGHTS["month"].isin(months)]
+    return chosen.drop(columns="month").reset_index(drop=True)
+
+
+def judge(batch: pd.DataFrame, previous: pd.DataFrame | None, **more: object) -> ValidationReport:
+    """The report on a batch under the usual settings."""
+    arguments: dict[str, object] = {"schema": SCHEMA, "settings": DataSettings(), **more}
+    return validate_batch(batch, previous=previous, key="flight_id", label="late", **arguments)  # type: ignore[arg-type]
+
+
+def turn_labels(batch: pd.DataFrame, rows: int, seed: int = 0) -> tuple[pd.DataFrame, set[str]]:
+    """The batch with so many labels turned round, and the keys of these rows."""
+    chosen = np.random.default_rng(seed).permutation(len(batch))[:rows]
+    turned = batch.copy()
+    turned.loc[chosen, "late"] = 1 - turned.loc[chosen, "late"]
+    return turned, set(batch["flight_id"].iloc[chosen])
+
+
+# labels
+
+
+@pytest.mark.parametrize("number", range(2, 13))
+def test_a_clean_month_is_accepted(number: int) -> None:
+    report = judge(month(number), month(*range(1, number)))
+    assert report.verdict == "accept", [problem.line() for problem in report.refused]
+
+
+def test_june_with_a_thousand_wrong_labels_is_refused_and_the_rows_are_named() -> None:
+    figures = []
+    for seed in range(3):
+        turned, wrong = turn_labels(month(6), 1000, seed)
+        report = judge(turned, month(1, 2, 3, 4, 5), features=FEATURES)
+        assert report.verdict == "refuse"
+        (problem,) = report.refused
+        assert problem.column == "late" and abs(problem.count - 1000) < 200
+        named = list(report.suspicious["key"])
+        hits = len(wrong & set(named))
+        assert report.labels is not None
+        promised = report.labels.report.promised
+        best = len(wrong & set(named[:200])) / 200
+        figures.append((hits / len(named), hits / len(wrong), promised, best))
+    precision, recall, promised, best = np.mean(figures, axis=0)
+    assert precision > 0.65 and recall > 0.5, figures
+    assert abs(promised - precision) < 0.08, "what it promises is what it keeps"
+    assert best > precision + 0.05, "the ranking means something"
+
+
+@pytest.mark.parametrize("number", [4, 5, 7, 9, 12])
+def test_wrong_labels_of_other_months_are_refused_too(number: int) -> None:
+    turned, _ = turn_labels(month(number), 1000, seed=number)
+    assert judge(turned, month(*range(1, number))).verdict == "refuse"
+
+
+def test_labels_that_all_became_late_are_refused() -> None:
+    assert judge(month(6).assign(late=1), month(1, 2, 3, 4, 5)).verdict == "refuse"
+
+
+def test_a_few_wrong_labels_do_not_refuse_a_batch() -> None:
+    turned, _ = turn_labels(month(6), 60)
+    assert judge(turned, month(1, 2, 3, 4, 5)).verdict == "accept"
+
+
+def test_a_column_that_contradicts_the_label_names_the_rows_exactly() -> None:
+    frame = pd.read_parquet(str(files("mlops_workbench.recipes") / "flights.parquet"))
+    delays = frame.loc[frame["month"] == 6, "arr_delay"].to_numpy()
+    before = frame.loc[frame["month"] < 6, "arr_delay"].to_numpy()
+    turned, wrong = turn_labels(month(6).assign(arr_delay=delays), 1000)
+    report = judge(turned, month(1, 2, 3, 4, 5).assign(arr_delay=before), features=FEATURES)
+    assert report.verdict == "refuse"
+    named = set(report.suspicious["key"])
+    assert len(named & wrong) / len(named) > 0.99 and len(named & wrong) / len(wrong) > 0.99
+
+
+def test_digits_whose_labels_are_off_by_one_are_found() -> None:
+    pictures, digits = load_digits(return_X_y=True)
+    aucs = []
+    for seed in range(3):
+        chosen = np.random.default_rng(seed).permutation(len(digits))[:900]
+        frame = pd.DataFrame(
+            {
+                "key": chosen,
+                "image": list(pictures[chosen].reshape(-1, 8, 8)),
+                "digit": digits[chosen],
+            }
+        )
+        accepted, batch = frame[:600], frame[600:].reset_index(drop=True)
+        arguments = {"features": ["image"], "label": "digit", "key": "key"}
+        assert check_labels(batch, accepted, **arguments).fits  # type: ignore[arg-type]
+        off = batch.assign(digit=(batch["digit"] + 1) % 10)
+        both = pd.concat([batch[:150], off[150:]], ignore_index=True)
+        check = check_labels(both, accepted, **arguments)  # type: ignore[arg-type]
+        assert not check.fits
+        ranked = check.report.rows
+        aucs.append(roc_auc_score(ranked["key"].isin(batch["key"][150:]), ranked["wrong"]))
+        assert not check_labels(off, accepted, **arguments).fits  # type: ignore[arg-type]
+    assert min(aucs) >= 0.99, aucs
+
+
+def test_rare_wrong_labels_come_with_an_honest_interval() -> None:
+    pictures, digits = load_digits(return_X_y=True)
+    covered, empty = 0, 0
+    for seed in range(3):
+        numbers = np.random.default_rng(seed)
+        chosen = numbers.permutation(len(digits))[:1000]
+        frame = pd.DataFrame(
+            {
+                "key": chosen,
+                "image": list(pictures[chosen].reshape(-1, 8, 8)),
+                "digit": digits[chosen],
+            }
+        )
+        arguments = {"features": ["image"], "label": "digit", "key": "key"}
+        clean = suspicious_labels(frame, **arguments)  # type: ignore[arg-type]
+        empty += clean.interval[0] == 0.0 and len(clean.flagged) <= 5
+        frame.loc[numbers.permutation(1000)[:15], "digit"] += 1
+        frame["digit"] %= 10
+        report = suspicious_labels(frame, **arguments)  # type: ignore[arg-type]
+        covered += report.interval[0] <= 15 <= report.interval[1]
+    assert (covered, empty) == (3, 3)
+
+
+def test_labels_are_judged_the_same_way_every_time() -> None:
+    first, second = (judge(month(4), month(1, 2, 3)).summary() for _ in range(2))
+    assert first == second
+
+
+# columns: a planted fault, the column it must name
+
+
+def _swap(frame: pd.DataFrame, left: str, right: str) -> pd.DataFrame:
+    return frame.assign(**{left: frame[right], right: frame[left]})
+
+
+FAULTS: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
+    "a value out of the schema's range": (lambda f: f.assign(humid=f.humid.where(f.index != 3, 300.0)), "humid"),
+    "a negative hour": (lambda f: f.assign(hour=f.hour.where(f.index != 3, -1)), "hour"),
+    "another unit": (lambda f: f.assign(distance=f.distance * 1609.34), "distance"),
+    "a factor of a thousand": (lambda f: f.assign(pressure=f.pressure * 1000), "pressure"),
+    "pascal": (lambda f: f.assign(pressure=f.pressure * 100), "pressure"),
+    "kelvin": (lambda f: f.assign(temp=(f.temp - 32) / 1.8 + 273.15), "temp"),
+    "missing values": (lambda f: f.assign(temp=f.temp.where(f.index % 3 > 0)), "temp"),
+    "a column that is empty": (lambda f: f.assign(wind_speed=np.nan), "wind_speed"),
+    "a column that is gone": (lambda f: f.drop(columns="visib"), "visib"),
+    "a column of the schema that is gone": (lambda f: f.drop(columns="temp"), "temp"),
+    "a renamed column": (lambda f: f.rename(columns={"precip": "rain"}), "precip"),
+    "the label is gone": (lambda f: f.drop(columns="late"), "late"),
+    "the key is gone": (lambda f: f.drop(columns="flight_id"), "flight_id"),
+    "numbers as text": (lambda f: f.assign(distance=f.distance.map("{} miles".format)), "distance"),
+    "decimal commas": (lambda f: f.assign(dewp=f.dewp.map(lambda v: str(v).replace(".", ","))), "dewp"),
+    "text as numbers": (lambda f: f.assign(carrier=f.carrier.str.len()), "carrier"),
+    "new categories": (lambda f: f.assign(carrier=f.carrier.str.lower()), "carrier"),
+    "a category of the schema": (lambda f: f.assign(origin=f.origin.replace("JFK", "jfk")), "origin"),
+    "spaces around text": (lambda f: f.assign(dest=" " + f.dest), "dest"),
+    "a wrong encoding": (lambda f: f.assign(dest=f.dest.replace({"ATL": "ÃTL", "ORD": "Ã–RD", "LAX": "LÃX", "BOS": "BÃS", "MCO": "MÃO", "CLT": "CÃT"})), "dest"),
+    "doubled rows": (lambda f: pd.concat([f, f[:5]], ignore_index=True), "flight_id"),
+    "missing keys": (lambda f: f.assign(flight_id=f.flight_id.where(f.index != 7)), "flight_id"),
+    "labels of another code": (lambda f: f.assign(late=f.late + 1), "late"),
+    "missing labels": (lambda f: f.assign(late=f.late.astype(object).where(f.index % 2 > 0, None)), "late"),
+    "shifted columns": (lambda f: _swap(f, "distance", "pressure").assign(pressure=f.distance * 1.0), "distance"),
+    "swapped columns": (lambda f: _swap(f, "carrier", "dest"), "carrier"),
+    "infinite values": (lambda f: f.assign(wind_speed=np.inf), "wind_speed"),
+    "a sentinel for missing values": (lambda f: f.assign(visib=f.visib.where(f.index % 4 > 0, -9999.0)), "visib"),
+    "shuffled labels": (lambda f: f.assign(late=f.late.sample(frac=1, random_state=0).to_numpy()), "late"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_refused_by_column(fault: str) -> None:
+    change, column = FAULTS[fault]
+    report = judge(change(month(6)), month(1, 2, 3, 4, 5))
+    assert report.verdict == "refuse", fault
+    assert column in {problem.column for problem in report.refused}, report.problems
+    for problem in report.refused:
+        assert problem.count > 0 and problem.rule and len(problem.examples) <= 10
+    json.dumps(report.summary(), allow_nan=False)
+    report._repr_html_()
+
+
+def test_row_findings_name_their_keys() -> None:
+    batch = month(6)
+    hot = batch.assign(temp=batch["temp"].where(~batch.index.isin([11, 5, 1999]), 200.0))
+    (problem,) = judge(hot, None).refused
+    assert (problem.column, problem.count) == ("temp", 3)
+    assert list(problem.examples) == list(batch["flight_id"].iloc[[5, 11, 1999]])
+
+
+def test_all_findings_come_at_once() -> None:
+    batch = month(6)
+    worse = batch.assign(hour=-1, humid=200.0, late=7, pressure=np.nan, carrier="??")
+    report = judge(pd.concat([worse, worse[:1]]), month(1, 2, 3, 4, 5))
+    columns = {problem.column for problem in report.refused}
+    assert columns >= {"hour", "humid", "late", "pressure", "carrier", "flight_id"}
+    assert any("labels were not checked" in note for note in report.notes)
+
+
+def test_small_and_first_batches_say_what_they_cannot_tell() -> None:
+    few = judge(month(6)[:20], month(1, 2, 3, 4, 5))
+    assert few.verdict == "accept" and "50 new rows" in few.notes[0]
+    early = judge(month(6), month(1)[:100])
+    assert early.verdict == "accept" and "200 rows" in early.notes[0]
+    first = judge(month(1), None)
+    assert first.verdict == "accept" and first.labels is not None
+    numeric = judge(month(6).assign(late=month(6)["temp"]), None, schema=None)
+    assert "classes" in numeric.notes[0]
+
+
+# in the store
+
+
+def test_a_refused_batch_makes_no_version_and_force_stays_on_record(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    accepted = month(1, 2, 3, 4, 5)
+    names: dict[str, object] = {
+        "key": "flight_id",
+        "label": "late",
+        "schema": SCHEMA,
+        "features": FEATURES,
+    }
+    first = store.snapshot("flights", accepted, **names)  # type: ignore[arg-type]
+    assert first.validation["verdict"] == "accept" and not first.forced
+    turned, wrong = turn_labels(month(6), 1000)
+    both = pd.concat([accepted, turned], ignore_index=True)
+    with pytest.raises(BatchRefusedError, match="late: .* look wrong") as refused:
+        store.snapshot("flights", both, **names)  # type: ignore[arg-type]
+    assert isinstance(refused.value, DataRefusedError) and refused.value.exit_code == 4
+    assert refused.value.report.rows == 2000, "only the new rows are judged"
+    named = set(refused.value.report.suspicious["key"])
+    assert len(named & wrong) / len(named) > 0.65
+    assert [version.ref for version in store.versions()] == ["flights@v1.0"]
+    forced = store.snapshot("flights", both, force=True, **names)  # type: ignore[arg-type]
+    assert forced.forced and forced.validation["verdict"] == "refuse"
+    assert store.resolve("flights").forced
+    good = store.snapshot(
+        "flights", pd.concat([accepted, month(6)], ignore_index=True), parent="flights@v1.0", **names  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert (good.ref, good.forced, good.parent) == ("flights@v1.2", False, "flights@v1.0")
+    assert store.diff("flights@v1.1", "flights@v1.2").counts["relabelled"] == 1000
+
+
+def test_relabelled_rows_are_judged_like_new_ones(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    accepted = month(1, 2, 3, 4, 5)
+    names: dict[str, object] = {"key": "flight_id", "label": "late", "schema": SCHEMA}
+    store.snapshot("flights", accepted, **names)  # type: ignore[arg-type]
+    scrambled = accepted.copy()
+    scrambled.loc[4000:4999, "late"] = 1 - scrambled.loc[4000:4999, "late"]
+    with pytest.raises(BatchRefusedError) as refused:
+        store.snapshot("flights", scrambled, **names)  # type: ignore[arg-type]
+    assert refused.value.report.rows == 1000
+
+
+def test_rows_that_only_go_away_are_not_judged(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    names: dict[str, object] = {"key": "flight_id", "label": "late", "schema": SCHEMA}
+    store.snapshot("flights", month(1, 2), **names)  # type: ignore[arg-type]
+    fewer = store.snapshot("flights", month(1), **names)  # type: ignore[arg-type]
+    assert fewer.rows == 2000 and fewer.validation == {}
+
+
+def test_the_command_line_refuses_with_exit_code_4(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store: DataStore = new_store(tmp_path)
+    here = ["-w", str(store.root)]
+    month(1, 2).to_parquet(tmp_path / "first.parquet")
+    turned, _ = turn_labels(month(3), 1000)
+    turned.to_parquet(tmp_path / "march.parquet")
+    names = ["--key", "flight_id", "--label", "late"]
+    assert (
+        main(["data", "snapshot", "own", "--from", str(tmp_path / "first.parquet"), *names, *here])
+        == 0
+    )
+    capsys.readouterr()
+    bad = ["data", "snapshot", "own", "--append", "--from", str(tmp_path / "march.parquet"), *here]
+    assert main([*bad, "--json"]) == 4
+    output = capsys.readouterr()
+    assert json.loads(output.out)["verdict"] == "refuse"
+    assert "look wrong" in output.err and "--force" in output.err
+    assert main([*bad, "--force"]) == 0
+    assert "own@v1.1  forced" in capsys.readouterr().out
+    assert main(["data", "list", "--json", *here]) == 0
+    assert [row["forced"] for row in json.loads(capsys.readouterr().out)] == [False, True]
