@@ -122,7 +122,7 @@ def predict(
     found: NDArray[np.float32] = torch.cat(answers).numpy()
     return found
 
-# %% ../../nbs/experiment/07_training.ipynb #d51f92b5
+# %% ../../nbs/experiment/07_training.ipynb #8247727f
 def validate(
     recipe: Recipe, model: nn.Module, rows: Rows, precision: Precision
 ) -> dict[str, float]:
