@@ -50,6 +50,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Factory, 
         yield factory, address, process.pid
 
 
+@pytest.fixture(autouse=True)
+def closed_afterwards(browser: Browser) -> Iterator[None]:
+    """Close what a failed test left open, so that it does not keep a kernel alive for the next one."""
+    yield
+    for context in browser.contexts:
+        context.close()
+
+
 def open_page(
     browser: Browser, address: str, name: str, *, scheme: str = "light", width: int = 1280
 ) -> tuple[Page, list[str]]:
@@ -128,7 +136,7 @@ def test_experiments_are_selected_compared_and_drawn(
     expect(comparison).to_contain_text("+0.009", timeout=15_000)
     expect(comparison).not_to_contain_text("batch_size")
 
-    page.get_by_label("Metric").select_option("train_loss")
+    page.get_by_label("Metric", exact=True).select_option("train_loss")
     expect(page.locator(".js-plotly-plot .ytitle").first).to_have_text("train_loss", timeout=15_000)
     page.get_by_label("Search").fill("2013-04-02")
     expect(page.locator("table.dataTable tbody tr")).to_have_count(1)

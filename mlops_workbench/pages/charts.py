@@ -50,9 +50,11 @@ def value_range(chart: Chart) -> tuple[float, float]:
 
 # %% ../../nbs/pages/06_charts.ipynb #81d04b3c
 def clock(seconds: float, span: float) -> str:
-    """Return a time of day in UTC, with the date when the chart spans more than a day."""
+    """Return a time of day in UTC: with the date when the chart spans more than a day, with seconds below ten minutes."""
     moment = datetime.fromtimestamp(seconds, UTC)
-    return f"{moment:%d %b %H:%M}" if span > 86_400 else f"{moment:%H:%M}"
+    return moment.strftime(
+        "%d %b %H:%M" if span > 86_400 else "%H:%M:%S" if span < 600 else "%H:%M"
+    )
 
 # %% ../../nbs/pages/06_charts.ipynb #7c58c96c
 def drawing(chart: Chart) -> str:

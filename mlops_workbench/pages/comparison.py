@@ -6,44 +6,71 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from .look import escape, table_html
+from .look import escape, short, table_html
 from .read_models import read_table
 
 # %% auto #0
-__all__ = ['Run', 'HIDDEN_METRICS', 'SHOWN_METRICS', 'SHOWN_PARAMETERS', 'read_runs', 'common_metrics', 'differing_parameters',
-           'short', 'number_or_text', 'runs_frame', 'differing_rows', 'change_text', 'comparison_html']
+__all__ = ['Run', 'HIDDEN_METRICS', 'MINOR_METRICS', 'SHOWN_METRICS', 'SHOWN_PARAMETERS', 'spread', 'read_runs', 'common_metrics',
+           'differing_parameters', 'runs_frame', 'differing_rows', 'change_text', 'comparison_html']
 
 # %% ../../nbs/pages/04_comparison.ipynb #26be696e
 Run = Mapping[str, Any]
+
+#
+# A stage may take a whole dictionary as one parameter, such as the choice of a search. Its parts are what one wants to
+# compare, so they become parameters of their own.
+
+# %% ../../nbs/pages/04_comparison.ipynb #d035dfe7
+def spread(parameters: Mapping[str, str]) -> dict[str, str]:
+    """Return parameters with every JSON object taken apart; a part whose name is taken gets the outer name in front."""
+    spreads: dict[str, str] = {}
+    for name, value in parameters.items():
+        try:
+            parts = json.loads(value) if str(value).startswith("{") else None
+        except ValueError:
+            parts = None
+        if isinstance(parts, dict):
+            spreads |= {
+                (f"{name}.{part}" if part in parameters else str(part)): str(v)
+                for part, v in parts.items()
+            }
+        else:
+            spreads[name] = value
+    return spreads
 
 # %% ../../nbs/pages/04_comparison.ipynb #a41947dc
 def read_runs(model: Path) -> list[dict[str, Any]]:
     """Return the runs of the read model, newest first, with parameters, metrics and tags as dictionaries."""
     rows = read_table(model, "runs")
-    return [
+    found = [
         {**row, **{part: json.loads(row[part]) for part in ("parameters", "metrics", "tags")}}
         for row in rows
     ]
+    return [{**run, "parameters": spread(run["parameters"])} for run in found]
 
-# %% ../../nbs/pages/04_comparison.ipynb #d310cc38
-HIDDEN_METRICS = ("system/", "hardware/")
+# %% ../../nbs/pages/04_comparison.ipynb #9e4438fd
+HIDDEN_METRICS = ("system/", "hardware/")  # of the machine, not of the model
+MINOR_METRICS = re.compile(
+    r"^(validation_|refit_|step_|train_|epoch)|loss|seconds|_ms$|_promised$|_share$"
+)
 SHOWN_METRICS, SHOWN_PARAMETERS = 3, 3
 
 # %% ../../nbs/pages/04_comparison.ipynb #84631d8d
 def common_metrics(runs: Sequence[Run]) -> list[str]:
-    """Return the metrics that runs have, the most frequent first, losses last, without those of the hardware."""
+    """Return the metrics that runs have, the most frequent first, minor ones last, without those of the hardware."""
     counts: dict[str, int] = {}
     for run in runs:
         for name in run["metrics"]:
             if not name.startswith(HIDDEN_METRICS):
                 counts[name] = counts.get(name, 0) + 1
-    return sorted(counts, key=lambda name: ("loss" in name, -counts[name], name))
+    return sorted(counts, key=lambda name: (bool(MINOR_METRICS.search(name)), -counts[name], name))
 
 # %% ../../nbs/pages/04_comparison.ipynb #c50221fc
 def differing_parameters(runs: Sequence[Run]) -> list[str]:
@@ -53,19 +80,6 @@ def differing_parameters(runs: Sequence[Run]) -> list[str]:
         for name, value in run["parameters"].items():
             values.setdefault(name, set()).add(str(value))
     return sorted(name for name, found in values.items() if len(found) > 1)
-
-# %% ../../nbs/pages/04_comparison.ipynb #5f500311
-def short(value: object) -> str:
-    """Return a value in at most four significant digits, or as its text."""
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-# %% ../../nbs/pages/04_comparison.ipynb #dc9b7251
-def number_or_text(text: str | None) -> float | str | None:
-    """Return a recorded parameter as a number where it is one, so that a column of them sorts by size."""
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return escape(text)
 
 # %% ../../nbs/pages/04_comparison.ipynb #ee90ac7f
 def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
@@ -83,11 +97,9 @@ def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
             "status": escape(run["status"].lower()),
             "data": escape(run["data_version"]),
         }
-        row |= {escape(name): number_or_text(run["parameters"].get(name)) for name in parameters}
-        for name in metrics:
-            value = run["metrics"].get(name)
-            row[escape(name)] = None if value is None else round(value, 4)
-        row["seconds"] = None if run["seconds"] is None else round(run["seconds"], 1)
+        row |= {escape(name): escape(short(run["parameters"].get(name))) for name in parameters}
+        row |= {escape(name): short(run["metrics"].get(name)) for name in metrics}
+        row["seconds"] = "" if run["seconds"] is None else f"{run['seconds']:.1f}"
         row["started (UTC)"] = escape(run["started"][:16].replace("T", " "))
         rows.append(row)
     return pd.DataFrame(rows)
@@ -139,16 +151,15 @@ def comparison_html(runs: Sequence[Run]) -> str:
         *[str(run["name"]) for run in runs],
         *(["change"] if len(runs) == 2 else []),
     ]
-    rows = [
-        [
-            kind,
-            name,
-            *[short(value) or "-" for value in values],
-            *([change_text(*values)] if len(runs) == 2 else []),
-        ]
-        for kind, name, *values in differing_rows(runs)
-    ]
+    main: list[list[object]] = []
+    minor: list[list[object]] = []
+    for kind, name, *values in differing_rows(runs):
+        change = [change_text(*values)] if len(runs) == 2 else []
+        place = minor if kind == "metric" and MINOR_METRICS.search(str(name)) else main
+        place.append([kind, name, *[short(value) or "-" for value in values], *change])
     same = "Nothing that was recorded: same data, same parameters, same metrics."
-    return "<h2>What differs</h2>" + table_html(
-        columns, rows, same, "what differs between the selected runs"
-    )
+    table = table_html(columns, main or minor, same, "what differs between the selected runs")
+    if not main or not minor:
+        return "<h2>What differs</h2>" + table
+    more = table_html(columns, minor, "", "further metrics that differ")
+    return f"<h2>What differs</h2>{table}<details><summary>{len(minor)} further metrics that differ</summary>{more}</details>"

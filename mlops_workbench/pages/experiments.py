@@ -5,6 +5,7 @@
 # %% ../../nbs/pages/05_experiments.ipynb #3a929ff5
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,15 +24,21 @@ from mlops_workbench.pages.comparison import (
     differing_rows,
     read_runs,
     runs_frame,
-    short,
 )
 from .live import LivePage, log_to, read_models_folder
-from .look import ago, block, escape, shown_errors
+from .look import ago, block, escape, short, shown_errors
 from .read_models import read_table
 
 # %% auto #0
-__all__ = ['COLOURS', 'OTHERS', 'LAYOUT', 'MAXIMUM_CHOSEN', 'MAXIMUM_LINES', 'TABLE', 'empty_figure', 'parallel_figure',
-           'draw_curves', 'Axis', 'axis_of', 'parallel_axes', 'draw_parallel', 'ExperimentsPage', 'experiments_page']
+__all__ = ['COLOURS', 'OTHERS', 'LAYOUT', 'MAXIMUM_CHOSEN', 'MAXIMUM_LINES', 'TABLE', 'figure_text', 'empty_figure',
+           'parallel_figure', 'draw_curves', 'Axis', 'axis_of', 'parallel_axes', 'draw_parallel', 'ExperimentsPage',
+           'experiments_page']
+
+# %% ../../nbs/pages/05_experiments.ipynb #aa7885d8
+def figure_text(value: object, limit: int = 60) -> str:
+    """Return a text for a figure, cut and escaped; plotly knows a few tags and entities, &quot; is none of them."""
+    text = str(value)
+    return html.escape(text if len(text) <= limit else text[: limit - 1] + "\u2026", quote=False)
 
 # %% ../../nbs/pages/05_experiments.ipynb #28653539
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -68,7 +75,13 @@ def empty_figure(**layout: Any) -> Any:
 # %% ../../nbs/pages/05_experiments.ipynb #365a912d
 def parallel_figure() -> Any:
     """Return an empty figure for parallel coordinates: names of the axes above, no scale."""
-    across = {"side": "top", "title": {"text": ""}, "zeroline": False, "fixedrange": True}
+    across = {
+        "side": "top",
+        "tickangle": 0,
+        "title": {"text": ""},
+        "zeroline": False,
+        "fixedrange": True,
+    }
     down = {"visible": False, "range": [-0.14, 1.14], "fixedrange": True}
     return empty_figure(
         xaxis=across,
@@ -77,7 +90,7 @@ def parallel_figure() -> Any:
         legend={"orientation": "h", "y": -0.02},
     )
 
-# %% ../../nbs/pages/05_experiments.ipynb #0d858b6c
+# %% ../../nbs/pages/05_experiments.ipynb #37549b4b
 def draw_curves(
     figure: Any, points: Sequence[Mapping[str, Any]], runs: Sequence[Run], metric: str
 ) -> None:
@@ -92,7 +105,7 @@ def draw_curves(
                     "type": "scatter",
                     "x": steps,
                     "y": values,
-                    "name": escape(run["name"])[:60],
+                    "name": figure_text(run["name"]),
                     "mode": "lines+markers",
                     "line": {"color": colour, "width": 2},
                     "marker": {"size": 5},
@@ -101,7 +114,7 @@ def draw_curves(
     with figure.batch_update():
         figure.data = ()
         figure.add_traces(lines)
-        figure.layout.yaxis.title.text = escape(metric)
+        figure.layout.yaxis.title.text = figure_text(metric)
 
 # %% ../../nbs/pages/05_experiments.ipynb #007bb36e
 @dataclass(frozen=True)
@@ -159,7 +172,7 @@ def draw_parallel(figure: Any, runs: Sequence[Run], chosen: Sequence[Run]) -> No
     lines = []
     for place, run in sorted(enumerate(runs), key=lambda pair: pair[1]["run_id"] in colours):
         colour = colours.get(run["run_id"])
-        name = escape(run["name"])[:60]
+        name = figure_text(run["name"])
         lines.append(
             {
                 "type": "scatter",
@@ -167,7 +180,8 @@ def draw_parallel(figure: Any, runs: Sequence[Run], chosen: Sequence[Run]) -> No
                 "x": list(range(len(axes))),
                 "y": [axis.places[place] for axis in axes],
                 "text": [
-                    f"{name}<br>{escape(axis.name)}: {escape(axis.texts[place])}" for axis in axes
+                    f"{name}<br>{figure_text(axis.name)}: {figure_text(axis.texts[place])}"
+                    for axis in axes
                 ],
                 "hoverinfo": "text",
                 "name": name,
@@ -185,7 +199,7 @@ def draw_parallel(figure: Any, runs: Sequence[Run], chosen: Sequence[Run]) -> No
         {
             "x": across,
             "y": end,
-            "text": escape(text[:16]),
+            "text": figure_text(text, 16),
             "showarrow": False,
             "yshift": 14 if end else -14,
             "font": {"size": 11},
@@ -194,10 +208,7 @@ def draw_parallel(figure: Any, runs: Sequence[Run], chosen: Sequence[Run]) -> No
     ]
     ticks = {
         "tickvals": list(range(len(axes))),
-        "ticktext": [
-            escape(axis.name if len(axis.name) <= 18 else axis.name[:17] + "\u2026")
-            for axis in axes
-        ],
+        "ticktext": [figure_text(axis.name, 18) for axis in axes],
     }
     with figure.batch_update():
         figure.data = ()
@@ -263,8 +274,7 @@ class ExperimentsPage(LivePage):
             names = self.curve_names()
             wanted = self.metric.value if self.metric.value in names else next(iter(names), None)
             self.metric.options, self.metric.value = names, wanted
-            with pd.option_context("display.float_format", "{:.4g}".format):
-                self.table.update(runs_frame(self.runs), selected_rows=places, **TABLE)
+            self.table.update(runs_frame(self.runs), selected_rows=places, **TABLE)
         finally:
             self.drawing = False
         self.body.children = [
@@ -289,9 +299,11 @@ class ExperimentsPage(LivePage):
         self.head.value = block(f"<h1>Experiments</h1><p>{words}</p>")
 
     def curve_names(self) -> list[str]:
-        """Return the metrics that have a curve, those of the validation first."""
+        """Return the metrics that have a curve: the loss of the validation, its other metrics, all else."""
         names = {row["metric"] for row in self.points}
-        return sorted(names, key=lambda name: ("validation" not in name, name))
+        return sorted(
+            names, key=lambda name: (name != "validation_loss", "validation" not in name, name)
+        )
 
     def first_ids(self) -> list[str]:
         """Return the newest two finished training runs, so that the page opens with an answer."""

@@ -15,13 +15,18 @@ from pathlib import Path
 import ipywidgets
 
 # %% auto #0
-__all__ = ['STATES', 'log', 'escape', 'style', 'style_sheet', 'block', 'Markup', 'table_html', 'state_html', 'value_html',
-           'tile_html', 'ago', 'problem_html', 'shown_errors']
+__all__ = ['STATES', 'log', 'escape', 'short', 'style', 'style_sheet', 'block', 'Markup', 'table_html', 'state_html',
+           'value_html', 'tile_html', 'ago', 'problem_html', 'shown_errors']
 
 # %% ../../nbs/pages/02_look.ipynb #d55435e6
 def escape(value: object) -> str:
     """Return a value as text that a browser shows and never runs."""
     return html.escape(str(value), quote=True)
+
+# %% ../../nbs/pages/02_look.ipynb #031dabb8
+def short(value: object) -> str:
+    """Return a value in at most four significant digits, or as its text."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 # %% ../../nbs/pages/02_look.ipynb #9fa24f2b
 @cache
@@ -98,7 +103,7 @@ def tile_html(name: str, value: str, state: str, note: str = "") -> str:
     return (
         f'<div class="mwb-tile {colour}" role="group" aria-label="{escape(name)}">'
         f'<span class="mwb-name">{escape(name)}</span><b>{value_html(value)}</b>{state_html(state)}'
-        f'<span class="mwb-note">{escape(note)}</span></div>'
+        f'<span class="mwb-note" title="{escape(note)}">{escape(note)}</span></div>'
     )
 
 # %% ../../nbs/pages/02_look.ipynb #2b02cf39

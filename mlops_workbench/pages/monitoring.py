@@ -17,6 +17,7 @@ from .charts import Chart, chart_html
 from .live import LivePage, log_to, read_models_folder
 from mlops_workbench.pages.look import (
     Markup,
+    short,
     ago,
     block,
     escape,
@@ -29,8 +30,8 @@ from .read_models import read_table
 
 # %% auto #0
 __all__ = ['Snapshot', 'CHARTS', 'overall_state', 'ages', 'age_words', 'head_html', 'limits', 'charts_html', 'looks_series',
-           'figure_text', 'alert_state', 'alerts_html', 'release_card', 'releases_html', 'moved_html', 'decisions_html',
-           'MonitoringPage', 'monitoring_page']
+           'figure_text', 'alert_state', 'alerts_html', 'release_card', 'releases_html', 'moved_html', 'quality_html',
+           'decisions_html', 'MonitoringPage', 'monitoring_page']
 
 # %% ../../nbs/pages/07_monitoring.ipynb #d6ad6954
 Snapshot = Mapping[str, Any]
@@ -77,15 +78,25 @@ def age_words(snapshot: Snapshot, now: float, maximum_seconds: float) -> tuple[s
         looked > maximum_seconds or newest is None or newest > maximum_seconds,
     )
 
-# %% ../../nbs/pages/07_monitoring.ipynb #4b3b5046
-def head_html(snapshot: Snapshot | None, workspace: str, now: float, maximum_seconds: float) -> str:
-    """Return the title, the state of everything and the age of the data."""
+# %% ../../nbs/pages/07_monitoring.ipynb #2b1d6303
+def head_html(
+    snapshot: Snapshot | None,
+    workspace: str,
+    now: float,  # seconds since 1970
+    maximum_seconds: float,  # older figures are marked
+    serving: str = "",  # the release that serves by now
+) -> str:
+    """Return the title, the state of everything, the age of the data, and which release it is about."""
     if snapshot is None:
         return (
             "<h1>Monitoring</h1><p class='mwb-empty'>Nothing has been measured yet. <code>mwb serve</code> answers "
             "requests, <code>mwb monitor once</code> looks at them; this page shows the figures a few seconds later.</p>"
         )
     words, old = age_words(snapshot, now, maximum_seconds)
+    measured = snapshot["release"]["name"] if snapshot["release"] else ""
+    about = f"Figures of {measured}. " if measured else ""
+    if measured and serving and serving != measured:
+        about = f"Figures of {measured}; {serving} serves by now, and the next look measures it. "
     state, reason = overall_state(snapshot, old)
     colour = {"ok": "good", "warning": "warn", "critical": "bad"}.get(state, "none")
     mark = (
@@ -93,7 +104,7 @@ def head_html(snapshot: Snapshot | None, workspace: str, now: float, maximum_sec
     )
     return (
         f"<h1>Monitoring</h1><p>{escape(workspace)}</p><div class='mwb-banner {colour}' role='status'>{state_html(state)}"
-        f"<strong>{escape(reason)}</strong>{mark}<span>{escape(words)}</span></div>"
+        f"<strong>{escape(reason)}</strong>{mark}<span>{escape(about + words)}</span></div>"
     )
 
 # %% ../../nbs/pages/07_monitoring.ipynb #30e0865a
@@ -112,7 +123,7 @@ def limits(snapshot: Snapshot) -> dict[str, float]:
     found = {alert["metric"]: alert["threshold"] for alert in snapshot["alerts"]}
     return {name: limit for name, limit in found.items() if name != "drift"}
 
-# %% ../../nbs/pages/07_monitoring.ipynb #2017cf67
+# %% ../../nbs/pages/07_monitoring.ipynb #b2657894
 def charts_html(
     times: Sequence[float], series: Mapping[str, Sequence[float | None]], limit: Mapping[str, float]
 ) -> str:
@@ -128,7 +139,7 @@ def charts_html(
         else "<p class='mwb-empty'>No series yet.</p>"
     )
 
-# %% ../../nbs/pages/07_monitoring.ipynb #5f6dfa82
+# %% ../../nbs/pages/07_monitoring.ipynb #0b8e876c
 def looks_series(
     looks: Sequence[Mapping[str, Any]],
 ) -> tuple[list[float], dict[str, list[float | None]]]:
@@ -254,9 +265,33 @@ def moved_html(snapshot: Snapshot) -> str:
         ]
         for column in moved
     ]
-    title = f"<h2>What moved</h2><p>{len(moved)} of {len(found['columns'])} columns, against the data the release was trained on.</p>"
+    title = f"<h2>Drift</h2><p>{len(moved)} of {len(found['columns'])} columns moved, against the data the release was trained on.</p>"
     return title + table_html(
         ["column", "effect", "threshold", "direction"], rows, "", "columns that moved"
+    )
+
+# %% ../../nbs/pages/07_monitoring.ipynb #c3e37e78
+def quality_html(snapshot: Snapshot) -> str:
+    """Return the figures of quality that moved since the release was evaluated; empty when none did."""
+    changes = (snapshot.get("comparison") or {}).get("changes") or []
+    rows = [
+        [
+            change["figure"].replace("_", " "),
+            short(change["reference"]),
+            short(change["now"]),
+            f"{change['difference']:+.3g}",
+        ]
+        for change in changes
+        if change["moved"]
+    ]
+    title = "<h2>Quality against the evaluation</h2><p>Only what differs by more than chance explains.</p>"
+    return (
+        title
+        + table_html(
+            ["figure", "at its evaluation", "now", "change"], rows, "", "quality that moved"
+        )
+        if rows
+        else ""
     )
 
 # %% ../../nbs/pages/07_monitoring.ipynb #10d91f2e
@@ -290,7 +325,8 @@ class MonitoringPage(LivePage):
         super().__init__(folder)
         self.snapshot: dict[str, Any] | None = None
         self.looks: list[dict[str, Any]] = []
-        names = ("head", "tiles", "charts", "alerts", "releases", "moved", "decisions")
+        self.serving = ""  # the release in the ledger's slot
+        names = ("head", "tiles", "charts", "alerts", "releases", "quality", "moved", "decisions")
         self.parts = {name: ipywidgets.HTML() for name in names}
         self.charts_head = ipywidgets.HTML(block("<h2>Over time</h2>"))
         self.span = ipywidgets.Dropdown(
@@ -308,6 +344,10 @@ class MonitoringPage(LivePage):
         self.snapshot = json.loads(latest[0]["snapshot"]) if latest else None
         self.looks = read_table(self.model, "looks")
         slots, releases = read_table(self.model, "slots"), read_table(self.model, "releases")
+        names = {row["digest"]: row["name"] for row in releases}
+        self.serving = next(
+            (names.get(slot["digest"], "") for slot in slots if slot["name"] == "champion"), ""
+        )
         shown = "" if self.snapshot else "none"
         self.charts_head.layout.display = self.span.layout.display = shown
         self.parts["releases"].value = block(releases_html(slots, releases))
@@ -318,6 +358,7 @@ class MonitoringPage(LivePage):
                 for t in self.snapshot["tiles"]
             ]
             self.parts["tiles"].value = block(f'<div class="mwb-tiles">{"".join(tiles)}</div>')
+            self.parts["quality"].value = block(quality_html(self.snapshot))
             self.parts["moved"].value = block(moved_html(self.snapshot))
             self.draw_charts()
 
@@ -338,7 +379,9 @@ class MonitoringPage(LivePage):
     def tick(self) -> None:
         """Draw what grows old: the head and the alert rules."""
         now = timestamp()
-        head = head_html(self.snapshot, self.state.workspace, now, self.state.maximum_age_seconds)
+        head = head_html(
+            self.snapshot, self.state.workspace, now, self.state.maximum_age_seconds, self.serving
+        )
         self.parts["head"].value = block(head)
         if self.snapshot is not None:
             self.parts["alerts"].value = block(alerts_html(self.snapshot, now))
