@@ -669,3 +669,50 @@ def test_stages_outside_the_workspace_are_not_run(tmp_path: Path) -> None:
     (workspace.root / "nbs" / "stages" / "2_far.ipynb").symlink_to(tmp_path / "elsewhere.ipynb")
     with pytest.raises(StageError, match="found a link"):
         run_stages(workspace)
+
+
+def test_a_stage_that_says_refused_ends_the_cycle(tmp_path: Path) -> None:
+    cells = stage_cells("judge")
+    cells[-1] = cell("stage.finish(verdict='refused', summary='brier 0.30 above 0.25')")
+    workspace = fresh(tmp_path, {"1_judge": cells, "2_ship": stage_cells("ship")})
+    for _ in range(2):
+        done = mwb(workspace, "run")
+        assert done.returncode == 4
+        assert "refused by stage judge: brier 0.30 above 0.25" in done.stderr
+    assert run_folders(workspace) == ["cycle-0001/1_judge-1"]
+    assert statuses(workspace) == ["FINISHED"]
+
+
+def test_a_data_version_is_part_of_the_key_and_of_the_record(tmp_path: Path) -> None:
+    from mlops_workbench.pipeline.notebooks import find_stages
+    from mlops_workbench.pipeline.reuse import data_reference, reuse_key
+
+    workspace = fresh(tmp_path, {"1_look": stage_cells("look", 'data_version = "tiny"')})
+    stage = find_stages(workspace.root)[0]
+    keys = [reuse_key(workspace, stage, {"data_version": "tiny"}, {}, "code")]
+    for number, digest in enumerate(("a" * 64, "b" * 64)):
+        record = workspace.root / "data" / "tiny.json"
+        record.parent.mkdir(exist_ok=True)
+        record.write_text(json.dumps({"digest": digest}))
+        (workspace.root / "data" / "tiny.dvc").write_text("outs: []\n")
+        for command in (
+            ["add", "data"],
+            ["commit", "-qm", "data"],
+            ["tag", "-a", f"tiny@v1.{number}", "-m", "data"],
+        ):
+            identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+            subprocess.run(
+                ["git", *identity, *command], cwd=workspace.root, check=True, capture_output=True
+            )
+        keys.append(reuse_key(workspace, stage, {"data_version": "tiny"}, {}, "code"))
+    assert len(set(keys)) == 3
+    assert data_reference(workspace, {"data_version": "tiny"}, {}) == "tiny@v1.1"
+    assert data_reference(workspace, {"data_version": "tiny@v1.0"}, {}) == "tiny@v1.0"
+    assert reuse_key(workspace, stage, {"data_version": "tiny@v1.1"}, {}, "code") != keys[-1]
+
+
+def test_a_stage_that_trains_needs_a_data_version(tmp_path: Path) -> None:
+    workspace = fresh(tmp_path, {"3_train": stage_cells("train")})
+    done = mwb(workspace, "run")
+    assert done.returncode == 1 and "expected a recorded data version" in done.stderr
+    assert run_folders(workspace) == []

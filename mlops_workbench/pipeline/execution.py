@@ -10,8 +10,10 @@ __all__ = ['ENGINE_NAME', 'import_papermill', 'Watcher', 'Execution', 'Session',
 import contextlib
 import json
 import re
+import signal
 import sys
 import tempfile
+import threading
 import time
 
 from collections.abc import Callable, Iterator, Mapping
@@ -84,6 +86,7 @@ class Session:
     pid: int = 0
     exit_code: int | None = None
     reached: str = ""  # the limit
+    interrupted: bool = False  # somebody wants to stop
     cell: int = 0  # position of the latest cell in the executed notebook, from 1
 
 # %% ../../nbs/pipeline/09_execution.ipynb #af12d64e
@@ -210,6 +213,8 @@ def _kernel(client: Any, session: Session, log: Any) -> Iterator[Watch]:
             getattr(provisioner, "origin", "cold: another provisioner"),
         )
         session.watcher.started(session.pid, session.kernel)
+        if session.interrupted:
+            kill_tree(session.pid)
         with Watch(session.pid, session.limits) as watch:
             client.start_new_kernel_client()
             yield watch
@@ -238,6 +243,32 @@ def literal_path(path: Path) -> str:
     """A path that papermill's formatting leaves as it is."""
     return str(path.resolve()).replace("{", "{{").replace("}", "}}")
 
+# %% ../../nbs/pipeline/09_execution.ipynb #360340a0
+@contextlib.contextmanager
+def _stopping_gently(session: Session) -> Iterator[None]:
+    """Let an interruption end the session's kernel; only where Ctrl-C and SIGTERM would raise KeyboardInterrupt."""
+
+    def stop(number: int, frame: object) -> None:
+        if session.interrupted:
+            raise KeyboardInterrupt
+        session.interrupted = True
+        if session.pid:
+            kill_tree(session.pid)
+
+    numbers: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():
+        both = (signal.SIGINT, signal.SIGTERM)
+        numbers = [
+            number for number in both if signal.getsignal(number) is signal.default_int_handler
+        ]
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.default_int_handler)
+
 # %% ../../nbs/pipeline/09_execution.ipynb #b09d317f
 def execute(
     notebook: Path,
@@ -262,19 +293,20 @@ def execute(
     failure: Failure | None = None
     status: Status = "finished"
     try:
-        papermill.execute_notebook(
+        with _stopping_gently(session):
+            papermill.execute_notebook(
             literal_path(notebook), literal_path(output), parameters=dict(parameters), engine_name=ENGINE_NAME, kernel_name=kernel_name,
             progress_bar=False, start_timeout=120, session=session,
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         status, failure = "failed", _cell_failure(error)
-    except KeyboardInterrupt:
-        _end(session, output, "interrupted")
-        raise
     except Exception as error:  # a dead kernel shows in many ways; the exit code says what happened
-        if session.pid == 0:
+        if session.pid == 0 and not session.interrupted:
             raise
         status, failure = _death(session, error)
+    if session.interrupted:
+        _end(session, output, "interrupted")
+        raise KeyboardInterrupt
     if status != "finished":
         _end(session, output, status)
     return Execution(status, session.kernel, time.monotonic() - begun, session.exit_code, failure)

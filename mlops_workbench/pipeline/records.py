@@ -163,7 +163,12 @@ def complete_run(run: OpenRun, *, kernel: str, seconds: float) -> Manifest:
 
 # %% ../../nbs/pipeline/12_records.ipynb #22c5f93a
 def fail_run(run: OpenRun, status: Status, failure: Failure, kernel: str = "") -> None:
-    """Record how a run ended that did not end well; what cannot be written on a full disk is left to the next run."""
+    """Record how a run ended that did not end well; what cannot be written on a full disk is left to the next run.
+
+    A run whose manifest is in place has ended well, whatever happened afterwards: the next runner completes its records.
+    """
+    if (run.folder / MANIFEST_FILE).exists():
+        return
     with contextlib.suppress(OSError, WorkbenchError):
         run.update(status=status, failure=failure, kernel=kernel, finished_at=iso(now()))
     with contextlib.suppress(OSError, WorkbenchError):
