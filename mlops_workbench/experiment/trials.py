@@ -196,7 +196,7 @@ def choose(
     chosen = ahead if shown else 0
     return Choice(table.parameters(chosen), BETTER if shown else NOT_SHOWN, evidence)
 
-# %% ../../nbs/experiment/10_trials.ipynb #603bf5d7
+# %% ../../nbs/experiment/10_trials.ipynb #fa49098d
 def _gain_evidence(
     table: TrialTable, setting: int, gains: np.ndarray, probability: float
 ) -> dict[str, Any]:

@@ -98,4 +98,5 @@ flights = FlightsRecipe(
     time_pattern=r"\d{4}-\d\d-\d\dT\d\d",
     group_pattern=r"\d{4}-\d\d-\d\d",
     slices=("origin", "carrier"),
+    parameters={"learning_rate": 0.001, "batch_size": 256},
 )

@@ -98,8 +98,8 @@ def table_schema(features: FeatureSchema) -> "pandera.DataFrameSchema":
 
 # %% ../../nbs/recipes/03_tabular.ipynb #422695ae
 DEFAULT_PARAMETERS: dict[str, Scalar] = {
-    "learning_rate": 0.001,
-    "batch_size": 256,
+    "learning_rate": 0.003,
+    "batch_size": 64,  # small, so that a table of a few hundred rows takes enough steps
     "epochs": 40,
     "patience": 6,  # epochs without a better figure after which training stops
     "weight_decay": 0.1,
@@ -207,9 +207,10 @@ class TabularRecipe:
         """Four settings around the default."""
         if self._grid is not None:
             return dict(self._grid)
+        rate, hidden = self._parameters["learning_rate"], self._parameters["hidden"]
         return {
-            "learning_rate": [self._parameters["learning_rate"], 0.003],
-            "hidden": [self._parameters["hidden"], 64],
+            "learning_rate": [rate, 0.001 if rate != 0.001 else 0.003],
+            "hidden": [hidden, 64 if hidden != 64 else 32],
         }
 
     def source(self, selection: str = "all") -> pd.DataFrame:
