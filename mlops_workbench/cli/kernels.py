@@ -37,7 +37,7 @@ def parent_row(status: dict[str, Any], key: str) -> dict[str, Any]:
         "ends_in_seconds": None
         if status["running"]
         else max(0, round(status["idle_seconds"] - idle)),
-        "still_to_import": ", ".join(status["still_to_import"]),
+        "still_to_import": len(status["still_to_import"]),
     }
 
 # %% ../../nbs/cli/12_kernels.ipynb #3e2be6dd
