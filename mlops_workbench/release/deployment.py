@@ -120,6 +120,11 @@ def deploy(
     """Make a release the champion and return the change; GateRefusedError when its gates did not pass."""
     ledger = Ledger(workspace.ledger_url)
     release = ledger.release(digest)
+    if release.status == "barred":
+        raise GateRefusedError(
+            f"expected a release that may serve, {release.name} is barred since it was rolled back; nothing was "
+            f"deployed; clear it first: mwb release clear {release.name} -m WHY"
+        )
     allowed = release.status in ("approved", "retired")
     if not allowed and not force:
         raise GateRefusedError(
