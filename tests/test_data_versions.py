@@ -318,7 +318,7 @@ def test_a_damaged_file_is_named_and_fetched_again(
 ) -> None:
     frame = table(9000)
     version = store.snapshot("flights", frame, **NAMES)
-    victim = store.ready / version.digest / version.shards[2].path
+    victim = store.places.ready / version.digest / version.shards[2].path
     flip_byte(victim)
     with caplog.at_level(logging.WARNING):
         pd.testing.assert_frame_equal(store.load("flights"), frame)
@@ -326,7 +326,7 @@ def test_a_damaged_file_is_named_and_fetched_again(
     caplog.clear()
     pd.testing.assert_frame_equal(store.load("flights"), frame)
     assert caplog.text == ""
-    shutil.rmtree(store.ready)
+    shutil.rmtree(store.places.ready)
     pd.testing.assert_frame_equal(store.load("flights"), frame)
 
 
@@ -339,7 +339,7 @@ def test_a_damaged_cache_object_is_not_believed(
     md5 = listing(store.dvc, pointer)[version.shards[1].path]
     victim = object_path(store.dvc.cache, md5)
     flip_byte(victim)
-    shutil.rmtree(store.ready)
+    shutil.rmtree(store.places.ready)
     with caplog.at_level(logging.WARNING):
         pd.testing.assert_frame_equal(store.load("flights"), frame)
     assert str(victim) in caplog.text
@@ -354,7 +354,7 @@ def test_nothing_whole_left_is_an_error_that_names_the_file(store: DataStore) ->
     md5 = listing(store.dvc, pointer)[name]
     assert store.dvc.local_remote is not None
     for path in (
-        store.ready / version.digest / name,
+        store.places.ready / version.digest / name,
         object_path(store.dvc.cache, md5),
         object_path(store.dvc.local_remote, md5),
     ):
@@ -366,12 +366,45 @@ def test_nothing_whole_left_is_an_error_that_names_the_file(store: DataStore) ->
     assert len(store.load(other)) == 9000
 
 
+def test_a_lost_version_is_stored_again_from_its_source(store: DataStore) -> None:
+    frame = table(9000)
+    version = store.snapshot("flights", frame, **NAMES)
+    assert store.dvc.local_remote is not None
+    for place in (store.places.ready, store.dvc.cache, store.dvc.local_remote):
+        for path in files_under(place):
+            flip_byte(path)
+    with pytest.raises(IntegrityError, match=version.shards[0].path):
+        store.load("flights")
+    with pytest.raises(IntegrityError, match="--force stores the new rows"):
+        store.snapshot("flights", frame.assign(late=0), **NAMES)
+    again = store.snapshot("flights", frame, force=True, **NAMES)
+    assert not again.unchanged and again.digest == version.digest
+    pd.testing.assert_frame_equal(store.load(again), frame)
+    pd.testing.assert_frame_equal(store.load(version), frame)
+    assert {problem.ref for problem in store.verify(again.ref)} == set()
+
+
+def test_a_damaged_object_is_not_taken_over_into_the_next_version(store: DataStore) -> None:
+    frame = table(9000)
+    first = store.snapshot("flights", frame, **NAMES)
+    assert store.dvc.local_remote is not None
+    for path in files_under(store.dvc.cache) + files_under(store.dvc.local_remote):
+        flip_byte(path)
+    longer = pd.concat([frame, table(100, first=9000)], ignore_index=True)
+    second = store.snapshot("flights", longer, **NAMES)
+    shared = {shard.sha256 for shard in first.shards} & {shard.sha256 for shard in second.shards}
+    assert shared
+    shutil.rmtree(store.places.ready)
+    shutil.rmtree(store.dvc.cache)
+    pd.testing.assert_frame_equal(store.load(second), longer)
+
+
 def test_every_flipped_byte_is_found(store: DataStore) -> None:
     store.snapshot("flights", table(9000), **NAMES)
     store.snapshot("flights", table(9500, seed=1), **NAMES)
     numbers = np.random.default_rng(0)
     assert store.dvc.local_remote is not None
-    places = [store.ready, store.dvc.cache, store.dvc.local_remote]
+    places = [store.places.ready, store.dvc.cache, store.dvc.local_remote]
     files = [path for place in places for path in files_under(place)]
     chosen = [files[n] for n in numbers.permutation(len(files))[:60]]
     for path in chosen:
@@ -387,10 +420,10 @@ def test_lost_folders_are_made_again(store: DataStore) -> None:
     frame = table(4000)
     store.snapshot("flights", frame, **NAMES)
     shutil.rmtree(store.root / ".dvc" / "cache")
-    shutil.rmtree(store.ready)
+    shutil.rmtree(store.places.ready)
     pd.testing.assert_frame_equal(store.load("flights"), frame)
     shutil.rmtree(store.workspace.remote)
-    shutil.rmtree(store.ready)
+    shutil.rmtree(store.places.ready)
     pd.testing.assert_frame_equal(store.load("flights"), frame)
     found = store.verify()
     assert found and all(problem.repaired for problem in found)
@@ -459,7 +492,7 @@ def test_a_killed_snapshot_has_never_happened(store: DataStore, tmp_path: Path) 
     last = store.snapshot("flights", table(6000, seed=999), **NAMES)
     assert last.ref == f"flights@v1.{len(store.versions()) - 1}"
     assert store.verify() == []
-    assert not list(store.ready.glob(".work-*"))
+    assert not list(store.places.ready.glob(".work-*"))
 
 
 def _write(path: Path, frame: pd.DataFrame) -> Path:
