@@ -17,7 +17,7 @@ from mlops_workbench.recipes.flights import CATEGORIES, NUMBERS, flights
 from mlops_workbench.recipes.metrics import calibration_figure
 from mlops_workbench.recipes.pictures import FASHION_FOLDER, digits, fashion
 from mlops_workbench.recipes.protocol import SHIPPED, encode, load_recipe, tidy
-from mlops_workbench.recipes.tabular import TabularRecipe, draft_recipe
+from mlops_workbench.recipes.tabular import TabularRecipe
 
 needs_fashion = pytest.mark.skipif(
     not FASHION_FOLDER.exists(), reason="needs Debian's package dataset-fashion-mnist"
@@ -35,8 +35,8 @@ def test_shipped_names_are_those_of_the_recipes(tmp_path: Path) -> None:
     assert {load_recipe(name, tmp_path).name for name in SHIPPED} == set(SHIPPED)
 
 
-def test_a_users_table_as_a_module_a_notebook_and_a_draft(tmp_path: Path) -> None:
-    path = write_customers(tmp_path)
+def test_a_users_table_as_a_module_and_as_a_notebook(tmp_path: Path) -> None:
+    write_customers(tmp_path)
     (tmp_path / "churn_module.py").write_text(CUSTOMERS_RECIPE)
     cells = [
         {"cell_type": "markdown", "metadata": {}, "source": ["# churn"]},
@@ -46,8 +46,7 @@ def test_a_users_table_as_a_module_a_notebook_and_a_draft(tmp_path: Path) -> Non
     notebook = tmp_path / "nbs" / "churn.ipynb"
     notebook.parent.mkdir()
     notebook.write_text(json.dumps({"cells": cells, "nbformat": 4, "nbformat_minor": 5}))
-    (tmp_path / "drafted.py").write_text(draft_recipe(path, "outcome", key="customer"))
-    for reference in ("churn_module:recipe", "nbs/churn.ipynb", "drafted:recipe"):
+    for reference in ("churn_module:recipe", "nbs/churn.ipynb"):
         recipe = load_recipe(reference, tmp_path)
         assert_conforms(recipe)
         assert len(recipe.source("all")) == 900

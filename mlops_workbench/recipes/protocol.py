@@ -240,9 +240,12 @@ def _members() -> list[str]:
 
 # %% ../../nbs/recipes/00_protocol.ipynb #2d0097e8
 def _import_object(reference: str, root: Path) -> object:
-    """The object that "package.module:object" names, with modules of the workspace found first."""
+    """The object that "package.module:object" names, with modules of the workspace found first and read again."""
     module_name, _, attribute = reference.partition(":")
     added = str(root.resolve())
+    own = root.resolve().joinpath(*module_name.split("."))
+    if own.with_suffix(".py").is_file() or own.is_dir():
+        sys.modules.pop(module_name, None)  # perhaps of another workspace, or of before an edit
     sys.path.insert(0, added)
     try:
         importlib.invalidate_caches()
@@ -281,20 +284,17 @@ def _run_notebook(path: Path) -> ModuleType:
         ) from error
     return module
 
-# %% ../../nbs/recipes/00_protocol.ipynb #f0d99d30
-def tidy(
-    recipe: Recipe,
-    frame: pd.DataFrame,
-    extra: Sequence[str] = (),  # further columns to keep
-) -> pd.DataFrame:
-    """The rows with key, features and label alone, numbers as float64, categories as text, labels as class numbers.
+# %% ../../nbs/recipes/00_protocol.ipynb #fc19047c
+def tidy(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows with key, features and label, and the columns for time and slices that are there.
 
-    DataError names the columns that are missing, or the column that cannot be converted.
+    Numbers become float64, categories text, labels class numbers. DataError names the columns that are missing, or the
+    column that cannot be converted.
     """
     features = recipe.features
     names = [
         name
-        for name in (features.key, *(f.name for f in features.features), features.label, *extra)
+        for name in (features.key, *(f.name for f in features.features), features.label)
         if name
     ]
     absent = [name for name in names if name not in frame]
@@ -302,6 +302,7 @@ def tidy(
         raise DataError(
             f"expected the columns {', '.join(absent)}, found {shorten(list(frame.columns), 200)}"
         )
+    names += [name for name in (recipe.time_column, *recipe.slices) if name and name in frame]
     tidied = pd.DataFrame({name: frame[name] for name in dict.fromkeys(names)}).reset_index(
         drop=True
     )
