@@ -19,7 +19,7 @@ BIN = Path(sys.executable).parent
 
 
 def call(*command: str) -> tuple[bool, str]:
-    """Run a program of this environment in the project's root; whether it ended well, what it said."""
+    """Run a program of this environment in the project's root; whether it ended well, its words."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(
