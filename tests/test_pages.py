@@ -294,7 +294,7 @@ def test_a_taken_port_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "to be free" in capsys.readouterr().err
 
 
-def test_a_thousand_looks_and_two_thousand_runs_are_read_in_a_moment(tmp_path: Path) -> None:
+def test_the_newest_of_many_looks_and_runs_are_kept(tmp_path: Path) -> None:
     from experiment_support import benchmark_module
 
     workspace: Workspace = create_workspace(tmp_path / "w")
