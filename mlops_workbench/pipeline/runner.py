@@ -32,6 +32,7 @@ from mlops_workbench.pipeline.cycles import (
     open_runs,
     read_cycle,
 )
+from .data_line import counts
 from mlops_workbench.pipeline.manifest import (
     NOTEBOOK_FILE,
     Failure,
@@ -212,15 +213,15 @@ class Plan:
         here = finished_run(self.workspace, cycle, stage.name)
         if self.force or (stage.schema.always and not (continued and self.everything)):
             return None
-        if here is not None and here.reuse_key == key and outputs_intact(here):
+        if here is not None and self._holds(here, key):
             return here
         folder = find_run(self.workspace, key) if not stage.schema.always else None
         there = read_manifest(folder) if folder is not None else None
-        return (
-            there
-            if there is not None and there.reuse_key == key and outputs_intact(there)
-            else None
-        )
+        return there if there is not None and self._holds(there, key) else None
+
+    def _holds(self, run: Manifest, key: str) -> bool:
+        """Whether a finished run has this key, its outputs as it left them, and data that was not taken back."""
+        return run.reuse_key == key and outputs_intact(run) and counts(self.workspace, run)
 
     def nothing_to_do(self, cycle: Cycle | None) -> list[Manifest] | None:
         """The finished runs of all stages when none has to run and nothing has to be written; else None."""
@@ -232,7 +233,7 @@ class Plan:
             if here is None or stage.schema.always:
                 return None
             key, _ = self.key(stage, cycle)
-            if here.reuse_key != key or not outputs_intact(here):
+            if not self._holds(here, key):
                 return None
             found.append(here)
             if here.verdict == "refused":
