@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .data_history import rollback, tag, used_by
+from .data_transfer import pull, push
 from .data_support import find_version, open_store, read_file, waiting
 from mlops_workbench.cli.options import (
     json_option,
@@ -326,6 +327,6 @@ def verify(ref: str | None, repair: bool, workspace: Path | None, as_json: bool)
             f"({lasting[0].place} of {lasting[0].ref}); {advice}"
         )
 
-# %% ../../nbs/cli/09_data.ipynb #8cbb010a
-for _command in (used_by, rollback, tag):
+# %% ../../nbs/cli/09_data.ipynb #63c03cd1
+for _command in (used_by, rollback, tag, push, pull):
     data.add_command(_command)
