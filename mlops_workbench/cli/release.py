@@ -9,7 +9,13 @@ from pathlib import Path
 
 import click
 
-from .options import json_option, print_table, workspace_option
+from mlops_workbench.cli.options import (
+    json_option,
+    print_json,
+    print_record,
+    print_table,
+    workspace_option,
+)
 from ..core.ledger import Ledger
 from ..core.workspace import Workspace
 
@@ -52,7 +58,10 @@ def list_releases(workspace: Path | None, as_json: bool) -> None:
 @workspace_option
 @json_option
 def show_release(name: str, workspace: Path | None, as_json: bool) -> None:
-    """Show the gates that a release was judged by: value, threshold, margin, verdict."""
+    """Show what a release was made from and the gates it was judged by: value, threshold, margin, verdict.
+
+    Example: mwb release show flights-r2
+    """
     opened = Workspace.open(workspace)
     ledger = Ledger(opened.ledger_url)
     row = ledger.release(name)
@@ -68,7 +77,24 @@ def show_release(name: str, workspace: Path | None, as_json: bool) -> None:
         }
         for gate in gates
     ]
-    print_table(rows, as_json)
+    record = {**vars(row), "rows": _rows_of(opened, row.data_version)}
+    if as_json:
+        print_json({**record, "gates": rows})
+        return
+    print_record(record, False)
+    click.echo()
+    print_table(rows, False, empty="no gate judged it")
+
+# %% ../../nbs/cli/20_release.ipynb #a6e70f0c
+def _rows_of(workspace: Workspace, data_version: str) -> int | None:
+    """How many rows a data version holds, None when it is not a version of this workspace."""
+    from mlops_workbench.core.errors import WorkbenchError
+    from mlops_workbench.data.versions import DataStore
+
+    try:
+        return DataStore(workspace).resolve(data_version).rows
+    except WorkbenchError:
+        return None
 
 # %% ../../nbs/cli/20_release.ipynb #bfc42b31
 @release.command("clear")

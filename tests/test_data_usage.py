@@ -1,0 +1,316 @@
+"""Who used these rows: over ten thousand releases, through the command, and what a roll-back of the data moves."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_support import new_store, table
+from pipeline_support import make_workspace, share_kernels, stage_cells
+
+from mlops_workbench.cli.main import main
+from mlops_workbench.core.audit import seal_record
+from mlops_workbench.core.clock import iso, now
+from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.core.ledger_schema import audit, audit_head, decisions, releases, slots
+from mlops_workbench.data.names import name_version
+from mlops_workbench.data.usage import used_by
+from mlops_workbench.data.versions import DataStore
+from mlops_workbench.pipeline.cycles import create_cycle, read_cycle
+from mlops_workbench.pipeline.data_line import withdrawn_versions
+from mlops_workbench.pipeline.data_rollback import rollback_data
+from mlops_workbench.pipeline.manifest import read_manifest
+from mlops_workbench.pipeline.runner import CycleResult, run_stages
+from mlops_workbench.release.deployment import default_data, set_default_data
+
+NAMES = {"key": "id", "label": "late"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DataStore:
+    return new_store(tmp_path)
+
+
+# --- used-by --------------------------------------------------------------------------------------
+
+
+def many_releases(ledger: Ledger, count: int, refs: list[str]) -> None:
+    """Put releases on record as `Ledger.decision` would, each deployed once, in one transaction."""
+    with ledger.decision(
+        "start", actor="test", subject="ledger", verdict="made", reason="creates the tables"
+    ):
+        pass
+    previous_digest: str | None = None
+    with ledger._engine.begin() as connection:
+        head = connection.execute(audit_head.select()).one()
+        previous, first = head.hash, head.records + 1
+        rows: dict[str, list[dict[str, Any]]] = {"releases": [], "decisions": [], "audit": []}
+        for number in range(count):
+            sequence, digest, moment = first + number, f"{number:064x}", iso(now())
+            release = {
+                "digest": digest,
+                "name": f"flights-r{number + 1}",
+                "recipe": "flights",
+                "data_version": refs[number % len(refs)],
+                "run_id": f"run{number}",
+                "path": f"/bundles/{digest}",
+                "status": "approved",
+                "created_at": moment,
+                "decision_id": sequence,
+            }
+            slot = {
+                "name": "champion",
+                "digest": digest,
+                "previous_digest": previous_digest,
+                "epoch": number + 1,
+                "updated_at": moment,
+            }
+            decision = {
+                "id": sequence,
+                "at": moment,
+                "kind": "deploy",
+                "actor": "test",
+                "subject": release["name"],
+                "verdict": "deployed",
+                "reason": "all gates passed",
+                "evidence": {"gates": ["quality", "latency", "parity"] * 10},
+                "cycle": None,
+                "record_path": None,
+            }
+            changes = [
+                {"table": "releases", "key": digest, "row": release},
+                {"table": "slots", "key": "champion", "row": slot},
+            ]
+            record, seal = seal_record(sequence, previous, decision, changes)
+            rows["releases"].append(release)
+            rows["decisions"].append({**decision, "evidence": json.dumps(decision["evidence"])})
+            rows["audit"].append({"sequence": sequence, "record": record, "hash": seal})
+            previous, previous_digest = seal, digest
+        connection.execute(releases.insert(), rows["releases"])
+        connection.execute(decisions.insert(), rows["decisions"])
+        connection.execute(audit.insert(), rows["audit"])
+        connection.execute(slots.insert().values(**slot))
+        connection.execute(audit_head.update().values(records=sequence, hash=seal))
+
+
+def test_rows_are_found_among_ten_thousand_releases_in_a_second(store: DataStore) -> None:
+    frame = table(20_000)
+    refs = [
+        store.snapshot("flights", frame[: 5000 * part], **NAMES).ref for part in (1, 2, 3, 4)
+    ]
+    ledger = Ledger(store.workspace.ledger_url)
+    many_releases(ledger, 10_000, refs)
+    report = ledger.verify()
+    assert report.ok, report.problems[:3]
+    used_by(store, "flights", [frame["id"][0]])  # imports and the page cache
+    keys = [*frame["id"][15_000:15_020], *frame["id"][10_000:10_010], "nobody"]
+    begun = time.perf_counter()
+    use = used_by(store, "flights", keys)
+    seconds = time.perf_counter() - begun
+    assert seconds < 1.0
+    assert [(version.ref, version.rows) for version in use.versions] == [
+        (refs[2], 10),
+        (refs[3], 30),
+    ]
+    assert len(use.releases) == 5000 and len(use.production) == 5000
+    assert {release.data_version for release in use.releases} == set(refs[2:])
+    assert [serving.release for serving in use.serves_now] == ["flights-r10000"]
+    assert use.unknown == ("nobody",)
+    spans = [serving for serving in use.production if serving.until is not None]
+    assert all(serving.since <= serving.until for serving in spans if serving.until)
+
+
+def test_a_corrected_row_is_told_with_the_label_it_had(store: DataStore) -> None:
+    frame = table(100)
+    store.snapshot("flights", frame, source_batch="january", **NAMES)
+    frame.loc[7, "late"] = 1 - frame.loc[7, "late"]
+    store.snapshot("flights", frame.drop(index=3), source_batch="mended", **NAMES)
+    use = used_by(store, "flights", [frame["id"][7], frame["id"][3]])
+    first, second = use.versions
+    assert first.keys == (frame["id"][3], frame["id"][7]) and second.keys == (frame["id"][7],)
+    assert first.labels[1] != second.labels[0]
+    assert (first.batches, second.batches) == (("january",), ("mended",))
+    assert "january" in use._repr_html_()
+
+
+@pytest.mark.parametrize("key", ["two\nlines", "🛫", "x" * 10_000, "<img onerror=1>", "a,b'\""])
+def test_odd_keys_are_found(store: DataStore, tmp_path: Path, key: str) -> None:
+    frame = table(10)
+    frame.loc[4, "id"] = key
+    store.snapshot("flights", frame, **NAMES)
+    (tmp_path / "keys.json").write_text(json.dumps([key]))
+    words = ["data", "used-by", "flights", "--keys-from", str(tmp_path / "keys.json")]
+    assert main([*words, "-w", str(store.root)]) == 0
+    use = used_by(store, "flights", [key])
+    assert use.versions[0].keys == (key,)
+    assert "<img" not in use._repr_html_()
+
+
+def test_the_command_says_what_is_missing(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.snapshot("flights", table(10), **NAMES)
+    here = ["-w", str(store.root)]
+    assert main(["data", "used-by", "flights", *here]) == 2
+    assert main(["data", "used-by", "planes", "1", *here]) == 1
+    said = capsys.readouterr().err
+    assert "at least one key" in said and "there are: flights" in said
+    assert main(["data", "used-by", "flights", "row 0000003", "--json", *here]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"][0]["ref"] == "flights@v1.0" and found["releases"] == []
+
+
+# --- a roll-back and what may be used again -------------------------------------------------------
+
+
+MAKE = """
+rows = stage.data.latest("flights").rows if stage.data.versions("flights") else 0
+version = stage.data.snapshot(
+    "flights",
+    pd.DataFrame({"id": range(rows + 10), "late": [batch % 2] * (rows + 10)}),
+    key="id",
+    label="late",
+    parent=default_data(stage.workspace, "flights"),
+)
+stage.data_version = version.ref
+set_default_data(stage.workspace, version.ref, actor="test", reason="accepted")
+"""
+
+
+LEARN = "choose_data(stage, data_version, stage.upstream('prepare', optional=True))"
+IMPORTS = """
+import pandas as pd
+from mlops_workbench.pipeline.outcome import choose_data
+from mlops_workbench.release.deployment import default_data, set_default_data
+"""
+
+
+@pytest.fixture
+def factory(tmp_path: Path) -> DataStore:
+    """A workspace with two stages: one makes data, the other learns from it."""
+    stages = {
+        "1_prepare": stage_cells("prepare", "batch = 0", IMPORTS + MAKE),
+        "2_train": stage_cells("train", 'data_version = ""', IMPORTS + LEARN),
+    }
+    return DataStore(share_kernels(make_workspace(tmp_path / "tiny", stages)))
+
+
+def turn(store: DataStore, batch: int, cycle: str | None = "new") -> CycleResult:
+    """One cycle with a batch."""
+    result = run_stages(
+        store.workspace, ["prepare", "train"], parameters={"prepare": {"batch": batch}}, cycle=cycle
+    )
+    assert result.ok, result
+    return result
+
+
+def shown(result: CycleResult) -> list[tuple[str, str, str]]:
+    """Stage, status and data version of each stage."""
+    manifests = {stage.stage: read_manifest(stage.folder) for stage in result.stages}
+    return [
+        (stage.stage, stage.status, manifest.data_version)
+        for stage in result.stages
+        if (manifest := manifests[stage.stage]) is not None
+    ]
+
+
+def test_after_a_rollback_nothing_that_stands_on_the_bad_data_is_used_again(
+    factory: DataStore,
+) -> None:
+    workspace = factory.workspace
+    assert shown(turn(factory, 0))[1] == ("train", "finished", "flights@v1.0")
+    assert shown(turn(factory, 1))[1] == ("train", "finished", "flights@v1.1")
+    assert [status for _, status, _ in shown(turn(factory, 1))] == ["reused", "reused"]
+    name_version(factory, "flights@v1.0", "golden")
+    back = rollback_data(workspace, "flights@golden", actor="test", reason="wrong labels")
+    assert (back.ref, back.previous) == ("flights@v1.0", "flights@v1.1")
+    # the cycle of the bad version is still the current one; training follows the default now
+    trained = run_stages(workspace, ["train"])
+    assert shown(trained) == [("train", "finished", "flights@v1.0")]
+    assert shown(run_stages(workspace, ["train"]))[0][1] == "reused"
+    # whoever asks for the bad version by name gets the finished run of nobody else
+    asked = run_stages(
+        workspace, ["train"], parameters={"train": {"data_version": "flights@v1.1"}}
+    )
+    assert shown(asked) == [("train", "finished", "flights@v1.1")]
+    # the batch that made the bad version is taken again, joined to the default
+    again = turn(factory, 1)
+    assert shown(again)[0][1:] == ("finished", "flights@v1.2")
+    assert factory.resolve("flights@v1.2").parent == "flights@v1.0"
+    assert withdrawn_versions(workspace) == {"flights@v1.1"}
+    assert [status for _, status, _ in shown(turn(factory, 1))] == ["reused", "reused"]
+    # nothing was deleted, and forward again is one command
+    assert len(factory.load("flights@v1.1")) == 20
+    rollback_data(workspace, "flights@v1.1", actor="test", reason="it was right")
+    assert shown(run_stages(workspace, ["train"]))[0][2] == "flights@v1.1"
+
+
+def test_one_decision_moves_everything(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = table(300)
+    for rows in (100, 200, 300):
+        ref = store.snapshot("flights", frame[:rows], **NAMES).ref
+        set_default_data(store.workspace, ref, actor="test", reason="accepted")
+    ledger = Ledger(store.workspace.ledger_url)
+    before = len(ledger.decisions())
+    here = ["-w", str(store.root)]
+    assert main(["data", "rollback", "flights@v1.0", "-m", "bad batch", "--json", *here]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["previous"] == "flights@v1.2"
+    assert said["withdrawn"] == ["flights@v1.1", "flights@v1.2"]
+    assert len(ledger.decisions()) == before + 1
+    assert (ledger.decisions()[0].verdict, ledger.decisions()[0].reason) == (
+        "rolled back",
+        "bad batch",
+    )
+    assert ledger.verify().ok
+    assert main(["data", "rollback", "flights@v1.0", *here]) == 0
+    assert "already" in capsys.readouterr().out
+    assert len(ledger.decisions()) == before + 1
+    assert main(["data", "rollback", "flights@v9.0", *here]) == 1
+    assert default_data(store.workspace, "flights") == "flights@v1.0"
+    assert main(["data", "list", *here]) == 0
+    assert "taken back" in capsys.readouterr().out
+
+
+def test_a_lost_version_is_not_rolled_back_to(store: DataStore) -> None:
+    frame = table(300)
+    for rows in (200, 300):
+        ref = store.snapshot("flights", frame[:rows], **NAMES).ref
+        set_default_data(store.workspace, ref, actor="test", reason="accepted")
+    old = store.resolve("flights@v1.0")
+    shared = {shard.sha256 for shard in store.resolve("flights@v1.1").shards}
+    assert {shard.sha256 for shard in old.shards} - shared
+    for folder in (store.places.folder(old), store.dvc.cache, store.dvc.local_remote):
+        assert folder is not None
+        for path in [path for path in folder.rglob("*") if path.is_file()]:
+            path.unlink()
+    words = ["data", "rollback", "flights@v1.0", "-w", str(store.root)]
+    assert main(words) == 1
+    assert default_data(store.workspace, "flights") == "flights@v1.1"
+
+
+def test_labels_are_given_once(store: DataStore, capsys: pytest.CaptureFixture[str]) -> None:
+    for rows in (50, 60):
+        store.snapshot("flights", table(rows), **NAMES)
+    here = ["-w", str(store.root)]
+    assert main(["data", "tag", "flights@v1.0", "golden", *here]) == 0
+    assert main(["data", "tag", "flights@v1.0", "golden", *here]) == 0
+    assert main(["data", "tag", "flights@v1.1", "golden", *here]) == 5
+    assert "given to flights@v1.0" in capsys.readouterr().err
+    assert main(["data", "tag", "flights@v1.1", "v2.0", *here]) == 2
+    assert main(["data", "diff", "flights@golden", "flights", *here]) == 0
+    assert main(["data", "verify", "flights@golden", *here]) == 0
+    assert np.array_equal(store.load("flights@v1.0")["id"], table(50)["id"])
+
+
+def test_the_cycle_keeps_its_record(factory: DataStore) -> None:
+    turn(factory, 0)
+    result = turn(factory, 1)
+    rollback_data(factory.workspace, "flights@v1.0", actor="test", reason="wrong labels")
+    kept = read_cycle(factory.workspace, result.cycle)
+    assert kept is not None and set(kept.stages) == {"prepare", "train"}
+    assert create_cycle(factory.workspace).name != result.cycle
