@@ -220,10 +220,12 @@ def test_readers_see_every_answer_once_while_writers_write_and_compaction_runs(
 ) -> None:
     generator = np.random.default_rng(0)
     row = prediction_records(draw_rows(generator, 1), release="a", since=START, until=START + 1)[0]
-    written, stop = [0], threading.Event()
+    written, looked, stop = [0], threading.Event(), threading.Event()
 
     def write() -> None:
         for part in range(12):
+            if part == 6:
+                assert looked.wait(60)
             path = tmp_path / "segments" / f"20130401T080000000-1-{part:06d}.log"
             with JournalWriter(path) as journal:
                 for number in range(40):
@@ -247,6 +249,8 @@ def test_readers_see_every_answer_once_while_writers_write_and_compaction_runs(
         assert window.predictions["id"].is_unique
         assert len(window.requests) <= 1  # they all bear the same request's name
         looks += 1
+        if looks > 3:
+            looked.set()
     for thread in threads:
         thread.join()
     compact(tmp_path, older_than_seconds=0)

@@ -23,7 +23,7 @@ from ..data.tags import parse_ref, read_tags
 from ..experiment.provenance import recipe_digest
 from .contract import JsonValue
 from .cycles import Cycle, finished_run
-from .data_line import DATA_PARAMETERS, counts
+from .data_line import DATA_PARAMETERS, counts, default_version
 from .manifest import Manifest, read_manifest
 from .notebooks import StageNotebook
 
@@ -91,9 +91,9 @@ def data_reference(
     named = named_version(workspace, parameters)
     if named is not None:
         return named[0]
-    return next(
-        (manifest.data_version for manifest in upstream.values() if manifest.data_version), ""
-    )
+    read = next((run.data_version for run in upstream.values() if run.data_version), "")
+    asks = any(name in parameters for name in DATA_PARAMETERS)
+    return read or (default_version(workspace) if asks else "")
 
 # %% ../../nbs/pipeline/10_reuse.ipynb #3b6a4547
 def named_version(

@@ -107,7 +107,8 @@ def _cycle_for(
     if found is not None:
         found = read_cycle(plan.workspace, found.name)  # as it is after recovery
     complete = found is not None and plan.complete(found)
-    if found is None or (wanted is None and plan.everything and complete):
+    all_done = complete and plan.nothing_to_do(found) is not None  # the last call died at its end
+    if found is None or (wanted is None and plan.everything and complete and not all_done):
         name = None if wanted in (None, "new") else wanted
         cycle, continued = create_cycle(plan.workspace, name, trigger or ""), False
     else:
