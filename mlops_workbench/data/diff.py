@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..core.files import write_atomic
 from .profiles import shift
 from .reports import diff_html, is_picture_type, report_page
-from .rows import hash_column, label_texts, match_keys
+from .rows import hash_column, label_array, match_keys
 from .stored import StoredVersion, shard_numbers
 from .tables import to_frame
 
@@ -166,8 +166,8 @@ def _keys(side: StoredVersion, places: NDArray[np.int64]) -> pd.Series:
 # %% ../../nbs/data/05_diff.ipynb #203226be
 def _relabelled(before: StoredVersion, after: StoredVersion, pairs: Pairing) -> pd.DataFrame:
     """The changed labels: key, from, to."""
-    old = label_texts(before.label_column).take(pa.array(pairs.old))
-    new = label_texts(after.label_column).take(pa.array(pairs.new))
+    old = label_array(before.label_column).take(pa.array(pairs.old))
+    new = label_array(after.label_column).take(pa.array(pairs.new))
     same = pc.fill_null(pc.equal(old, new), False).to_numpy(zero_copy_only=False)
     same |= (old.is_null().to_numpy(False)) & (new.is_null().to_numpy(False))
     rows = np.flatnonzero(~same)

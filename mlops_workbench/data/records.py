@@ -23,7 +23,7 @@ from mlops_workbench.data.rows import (
     hash_column,
     hash_sums,
     key_texts,
-    label_texts,
+    label_array,
     mix,
     row_manifest,
 )
@@ -197,5 +197,5 @@ def prepare_rows(
     sums = hash_sums(table, [column for column in table.column_names if column != label])
     hashes = mix(sums + hash_column(table[label], label))
     digest = rows_digest(name, types, key, label, order, hashes)
-    keys, labels = key_texts(table[key]), label_texts(table[label])
+    keys, labels = key_texts(table[key]), label_array(table[label])
     return ReadyRows(table, types, key, label, tuple(order), keys, labels, sums, hashes, digest)

@@ -8,6 +8,7 @@ __all__ = ['cut_points', 'pack', 'unpack', 'Shard', 'name_shard']
 # %% ../../nbs/data/02_shards.ipynb #4f4a563b
 import hashlib
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,10 +74,13 @@ def _repeats(column: pa.ChunkedArray) -> bool:
         return False
     return bool(pc.count_distinct(column, mode="all").as_py() * 4 <= len(column))
 
-# %% ../../nbs/data/02_shards.ipynb #caa089d1
-def unpack(content: bytes) -> pa.Table:
+# %% ../../nbs/data/02_shards.ipynb #b62a97e2
+def unpack(
+    content: bytes,
+    names: Sequence[str] | None = None,  # of the columns to read; default: all
+) -> pa.Table:
     """The table in a Parquet file."""
-    return pq.read_table(pa.BufferReader(content), use_threads=False)
+    return pq.ParquetFile(pa.BufferReader(content)).read(columns=names, use_threads=False)
 
 # %% ../../nbs/data/02_shards.ipynb #33b8cd42
 @dataclass(frozen=True)

@@ -176,14 +176,15 @@ class Snapshot:
     batch: str
     force: bool
     pictures: str = ""
+    arrived: str = ""  # the time of the new rows; default: now
 
     def run(self, validate: Validate | None, same: "StoredFiles | None") -> DataVersion:
         """Judge, write, store, commit, tag. `same` is an older version with the same content."""
         remove_drafts(self.places)
-        arrived = iso(now())
+        created = iso(now())
         base = self.usable_base()
         previous = base.row_manifest() if base is not None else None
-        manifest = self.rows.manifest(self.batch, arrived, previous)
+        manifest = self.rows.manifest(self.batch, self.arrived or created, previous)
         report = self.judge(validate, new_row_mask(manifest, previous), base)
         stored = same or FileWriter(self.places, self.rows, base).write(self.name, manifest)
         version = DataVersion(
@@ -197,7 +198,7 @@ class Snapshot:
             order=self.rows.order,
             parent=self.base.version.ref if self.base is not None else None,
             message=self.message,
-            created_at=arrived,
+            created_at=created,
             created_by=tags.author(self.places.root),
             source_batch=self.batch,
             forced=report is not None and report.verdict == "refuse",

@@ -135,6 +135,7 @@ def fetch_files(places: Places, ref: str, pointer: str, files: Sequence[Shard]) 
     if remote is not None:
         lost = [file for file in wanted if not dvc.copy_object(remote, cache, file.md5)]
         failure = ""
+        _complete(places, pointer, remote)
     else:
         failure = _fetch_far(places, ref, pointer)
         lost = [file for file in wanted if not dvc.object_is_whole(cache, file.md5)]
@@ -144,6 +145,15 @@ def fetch_files(places: Places, ref: str, pointer: str, files: Sequence[Shard]) 
             f"expected whole files of {ref} in the cache or in {places.dvc.remote}, found none of {names}"
             f"{failure}; restore the remote from a backup or snapshot the source again"
         )
+
+# %% ../../nbs/data/10_storage.ipynb #c4e911b3
+def _complete(places: Places, pointer: str, remote: Path) -> None:
+    """Copy what else the cache lacks of a version, so that it holds all of it or what is left of it."""
+    cache, md5 = places.dvc.cache, dvc.pointer_hash(pointer)
+    with contextlib.suppress(IntegrityError):
+        for each in (*dvc.listing(places.dvc, pointer).values(), md5):
+            if not dvc.object_path(cache, each).exists():
+                dvc.copy_object(remote, cache, each)
 
 # %% ../../nbs/data/10_storage.ipynb #228b5ad0
 def _fetch_far(places: Places, ref: str, pointer: str) -> str:

@@ -23,7 +23,7 @@ from ..core.files import sha256_bytes
 from . import dvc
 from .groups import HASHES, KEY, LABEL, ORIGIN, Group, VersionFiles
 from .records import DataVersion
-from .rows import Hashes, hash_column, key_texts, label_texts, mix, whole
+from .rows import Hashes, hash_column, key_texts, label_array, mix, whole
 from .shards import Shard, unpack
 from .storage import Places, fetch_files
 from .tables import to_frame
@@ -41,7 +41,7 @@ class StoredVersion:
         places: Places,
         version: DataVersion,
         pointer: str,  # the text of the .dvc file
-        lock: Lock = contextlib.nullcontext,  # held while files are fetched; the default: it is held
+        lock: Lock | None = contextlib.nullcontext,  # held while files are fetched; None: none are
     ) -> None:
         self.places, self.version, self.pointer, self.lock = places, version, pointer, lock
 
@@ -58,7 +58,7 @@ class StoredVersion:
         with ThreadPoolExecutor(READERS) as workers:
             found = list(workers.map(self._content, files))
         damaged = [file for file, content in zip(files, found, strict=True) if content is None]
-        if damaged:
+        if damaged and self.lock is not None:
             with self.lock():
                 fetch_files(self.places, self.version.ref, self.pointer, damaged)
             found = [
@@ -89,11 +89,11 @@ class StoredVersion:
             return False
         return True
 
-    def tables(self, shards: Sequence[Shard]) -> list[pa.Table]:
-        """The tables in some shards."""
+    def tables(self, shards: Sequence[Shard], names: Sequence[str] | None = None) -> list[pa.Table]:
+        """The tables in some shards, or only these columns of them."""
         contents = self.contents(shards)
         with ThreadPoolExecutor(READERS) as workers:
-            return list(workers.map(unpack, contents))
+            return list(workers.map(lambda content: unpack(content, names), contents))
 
     def group(self, name: str) -> pa.Table:
         """All rows of a group."""
@@ -139,7 +139,7 @@ class StoredVersion:
         rows = {
             "key": self.keys,
             "row_hash": pa.array(self.hashes),
-            "label": label_texts(self.label_column),
+            "label": label_array(self.label_column),
         }
         origin = self.group(ORIGIN)
         return pa.table(
@@ -148,13 +148,12 @@ class StoredVersion:
 
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Whole columns."""
-        groups = list({self.group_of(name).name: self.group_of(name) for name in names}.values())
-        tables = self.tables([shard for group in groups for shard in group.shards])
-        parts, start = {}, 0
-        for group in groups:
-            table = pa.concat_tables(tables[start : start + len(group.shards)])
-            start += len(group.shards)
-            parts |= {name: table[name] for name in table.column_names}
+        groups = {self.group_of(name).name: self.group_of(name) for name in names}
+        parts: dict[str, pa.ChunkedArray] = {}
+        for group in groups.values():
+            wanted = [name for name in group.columns if name in names]
+            table = pa.concat_tables(self.tables(group.shards, wanted))
+            parts |= {name: table[name] for name in wanted}
         return pa.table({name: parts[name] for name in names})
 
     def rows(self, names: Sequence[str], places: NDArray[np.int64]) -> pa.Table:
@@ -166,12 +165,13 @@ class StoredVersion:
             needed, where = np.unique(numbers, return_inverse=True)
             lengths = np.array([shard.rows for shard in group.shards])
             shards = [group.shards[number] for number in needed] or [group.shards[0]]
-            table = pa.concat_tables(self.tables(shards))
+            wanted = [name for name in group.columns if name in names]
+            table = pa.concat_tables(self.tables(shards, wanted))
             starts = np.cumsum(lengths) - lengths
             packed = np.cumsum(lengths[needed]) - lengths[needed]
             local = places - starts[numbers] + packed[where] if len(places) else places
             table = table.take(pa.array(local, pa.int64()))
-            parts |= {name: table[name] for name in table.column_names}
+            parts |= {name: table[name] for name in wanted}
         return pa.table({name: parts[name] for name in names})
 
     def frame(self, places: NDArray[np.int64] | None = None) -> pd.DataFrame:

@@ -136,22 +136,18 @@ class DataStore:
             pictures = self._pictures(pictures, base, rows.types)
             latest = known[-1].version if known else None
             version = tags.next_version(latest, minor)
-            job = Snapshot(
-                self.places,
-                name,
-                version,
-                rows,
-                base,
-                message,
-                source_batch or version,
-                force,
-                pictures,
-            )
+            batch, arrived = source_batch or version, ""
             with clear_errors(self.places.root):
-                same = [found for found in same[-1:] if self._is_whole(found)]
-                if same and same[0] is known[-1]:
-                    return replace(parse_tag(same[0]), unchanged=True)
-                return job.run(validate, StoredFiles.of(same[0]) if same else None)
+                lost = [parse_tag(found) for found in same[-1:] if not self._is_whole(found)]
+                if lost:  # stored as it was, so that it is whole again too
+                    batch, arrived = source_batch or lost[0].source_batch, lost[0].created_at
+                    same = []
+                job = Snapshot(
+                    self.places, name, version, rows, base, message, batch, force, pictures, arrived
+                )
+                if same and same[-1] is known[-1]:
+                    return replace(parse_tag(same[-1]), unchanged=True)
+                return job.run(validate, StoredFiles.of(same[-1]) if same else None)
 
     def snapshot_folder(
         self,
