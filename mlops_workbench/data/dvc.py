@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REMOTE', 'TIMEOUT_SECONDS', 'run_dvc', 'DvcStore', 'configure', 'open_work_folder', 'pointer_hash', 'object_path',
-           'object_is_whole', 'listing', 'object_paths', 'put_object', 'drop_damaged', 'store_folder', 'fetch_folder',
-           'damaged_objects', 'remove_damaged', 'forget']
+           'object_is_whole', 'listing', 'object_paths', 'put_bytes', 'draft_folder', 'sync_files', 'read_object',
+           'copy_object', 'folder_list', 'pointer_text', 'push', 'fetch', 'damaged_objects']
 
 # %% ../../nbs/data/03_dvc.ipynb #04f152d0
 import configparser
@@ -14,10 +14,12 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import subprocess
 import sys
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from typing import Any
 import yaml
 
 from ..core.errors import DataError, IntegrityError, shorten
-from ..core.files import write_atomic
+from ..core.files import sync_folder, write_atomic
 
 # %% ../../nbs/data/03_dvc.ipynb #0f2d2a94
 REMOTE = "store"  # the name of the remote in .dvc/config
@@ -210,58 +212,91 @@ def object_paths(pointer: str, base: Path, files: Mapping[str, str]) -> dict[str
     hashes = {**files, pointer_hash(pointer): pointer_hash(pointer)}
     return {name: object_path(base, md5) for name, md5 in hashes.items()}
 
-# %% ../../nbs/data/03_dvc.ipynb #deb522f8
-def put_object(base: Path, md5: str, source: Path) -> bool:
-    """Put a copy of a file under its hash where no whole object is; False when nothing was to do."""
-    if object_is_whole(base, md5) or not source.is_file():
-        return False
+# %% ../../nbs/data/03_dvc.ipynb #882dafc8
+def put_bytes(base: Path, md5: str, content: bytes) -> Path | None:
+    """Put an object into a cache or a local remote; None when it was there and whole. Not yet forced to the disk."""
     place = object_path(base, md5)
-    place.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
-        place.unlink()
-    write_atomic(place, source.read_bytes(), mode=0o444)
+        if place.stat().st_size == len(content) and place.read_bytes() == content:
+            return None
+    place.parent.mkdir(parents=True, exist_ok=True)
+    drafts = draft_folder(base)
+    drafts.mkdir(parents=True, exist_ok=True)
+    draft = drafts / f"{md5}-{secrets.token_hex(6)}"
+    try:
+        draft.write_bytes(content)
+        draft.chmod(0o444)
+        draft.replace(place)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    return place
+
+# %% ../../nbs/data/03_dvc.ipynb #e1d61782
+def draft_folder(base: Path) -> Path:
+    """Where objects are written before they are renamed into place; beside DVC's own folders."""
+    return base.parent.parent / "drafts"
+
+# %% ../../nbs/data/03_dvc.ipynb #23047870
+def sync_files(paths: Iterable[Path]) -> None:
+    """Force files and their folders to the disk, several at a time."""
+    files = list(paths)
+    with ThreadPoolExecutor(8) as workers:
+        list(workers.map(_sync, files))
+        list(workers.map(sync_folder, {path.parent for path in files}))
+
+# %% ../../nbs/data/03_dvc.ipynb #16cd36bf
+def _sync(path: Path) -> None:
+    """Force one file to the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+# %% ../../nbs/data/03_dvc.ipynb #dbf5b1f0
+def read_object(base: Path, md5: str) -> bytes | None:
+    """The content of an object, None when it is missing or damaged."""
+    try:
+        content = object_path(base, md5).read_bytes()
+    except FileNotFoundError:
+        return None
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    return content if found == md5.removesuffix(".dir") else None
+
+# %% ../../nbs/data/03_dvc.ipynb #b2f29eed
+def copy_object(source: Path, target: Path, md5: str) -> bool:
+    """Copy an object from one base to another and force it to the disk; False when there is no whole one."""
+    content = read_object(source, md5)
+    if content is None:
+        return False
+    written = put_bytes(target, md5, content)
+    if written is not None:
+        sync_files([written])
     return True
 
-# %% ../../nbs/data/03_dvc.ipynb #839faa1c
-def drop_damaged(store: DvcStore, folder: Path) -> list[Path]:
-    """Remove objects of cache and local remote that have the hash of one of these files and other content."""
-    removed = []
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as stream:
-            md5 = hashlib.file_digest(stream, "md5").hexdigest()
-        for base in (store.cache, store.local_remote):
-            if (
-                base is not None
-                and object_path(base, md5).exists()
-                and not object_is_whole(base, md5)
-            ):
-                removed.append(object_path(base, md5))
-                removed[-1].unlink()
-    return removed
+# %% ../../nbs/data/03_dvc.ipynb #8c9e81cb
+def folder_list(files: Mapping[str, str]) -> tuple[str, bytes]:
+    """The list of a folder's files (name -> MD5) as DVC writes it, with its hash."""
+    entries = [{"md5": md5, "relpath": name} for name, md5 in sorted(files.items())]
+    content = json.dumps(entries, sort_keys=True).encode()
+    return f"{hashlib.md5(content, usedforsecurity=False).hexdigest()}.dir", content
 
-# %% ../../nbs/data/03_dvc.ipynb #c485cd52
-def store_folder(
-    store: DvcStore,
-    work: Path,  # an opened work folder
-    name: str,  # of the folder inside it that holds the files
-) -> str:
-    """Put the files into cache and remote; returns the text of the `.dvc` pointer file."""
-    drop_damaged(store, work / name)
-    run_dvc(work, "add", name)
-    run_dvc(work, "push", f"{name}.dvc")
-    pointer = (work / f"{name}.dvc").read_text()
-    if store.local_remote is not None:
-        for path in object_paths(pointer, store.local_remote, listing(store, pointer)).values():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-    return pointer
+# %% ../../nbs/data/03_dvc.ipynb #c03eb633
+def pointer_text(name: str, md5: str, files: int, size_bytes: int) -> str:
+    """The pointer file of a stored folder."""
+    output = {"md5": md5, "size": size_bytes, "nfiles": files, "hash": "md5", "path": name}
+    text: str = yaml.safe_dump({"outs": [output]}, sort_keys=False)
+    return text
 
-# %% ../../nbs/data/03_dvc.ipynb #a0d94758
-def fetch_folder(store: DvcStore, work: Path, name: str, pointer: str) -> Path:
-    """Bring the files of a pointer into the work folder, from the cache or else from the remote."""
+# %% ../../nbs/data/03_dvc.ipynb #b0020944
+def push(store: DvcStore, work: Path, name: str, pointer: str) -> None:
+    """Carry the objects of a pointer from the cache to the remote; `work` is an opened work folder."""
     write_atomic(work / f"{name}.dvc", pointer)
-    run_dvc(work, "pull", f"{name}.dvc")
-    return work / name
+    run_dvc(work, "push", f"{name}.dvc")
+
+# %% ../../nbs/data/03_dvc.ipynb #8bf5bd9a
+def fetch(store: DvcStore, work: Path, name: str, pointer: str) -> None:
+    """Carry the objects of a pointer that the work folder's cache lacks from the remote into it."""
+    write_atomic(work / f"{name}.dvc", pointer)
+    run_dvc(work, "fetch", f"{name}.dvc")
 
 # %% ../../nbs/data/03_dvc.ipynb #c8c24cc8
 def damaged_objects(
@@ -276,30 +311,3 @@ def damaged_objects(
         for name, md5 in hashes.items()
         if not object_is_whole(base, md5)
     }
-
-# %% ../../nbs/data/03_dvc.ipynb #56ce4797
-def remove_damaged(store: DvcStore, pointer: str) -> list[Path]:
-    """Take the damaged objects of a stored folder out of the cache; returns their paths."""
-    md5 = pointer_hash(pointer)
-    removed = []
-    if object_path(store.cache, md5).exists() and not object_is_whole(store.cache, md5):
-        removed.append(object_path(store.cache, md5))
-        removed[0].unlink()
-    try:
-        files = listing(store, pointer)
-    except IntegrityError:
-        return removed  # the list comes from a remote that is not a folder here
-    for name, problem in damaged_objects(pointer, store.cache, files).items():
-        if problem == "damaged":
-            removed.append(object_path(store.cache, files[name]))
-            removed[-1].unlink()
-    return removed
-
-# %% ../../nbs/data/03_dvc.ipynb #6948c46f
-def forget(store: DvcStore, pointer: str, names: Sequence[str]) -> None:
-    """Take the objects of these files out of the cache, so that the next fetch asks the remote."""
-    with contextlib.suppress(IntegrityError):
-        files = listing(store, pointer)
-        for name in names:
-            if name in files:
-                object_path(store.cache, files[name]).unlink(missing_ok=True)

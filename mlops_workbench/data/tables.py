@@ -109,14 +109,15 @@ def column_types(
     frame: pd.DataFrame,
     table: pa.Table,  # of the same columns
 ) -> dict[str, str]:
-    """The type of each column by name: a pandas type, "text", or for arrays "uint8[8, 8]"."""
+    """The type of each column by name: a pandas type, "text", "bytes", or for arrays "uint8[8, 8]"."""
     types = {}
     for name in frame.columns:
         stored = table.schema.field(name).type
         if isinstance(stored, pa.FixedShapeTensorType):
             types[name] = f"{stored.value_type.to_pandas_dtype().__name__}{list(stored.shape)}"
         elif frame[name].dtype == object:
-            types[name] = "text" if pa.types.is_string(stored) else f"object: {stored}"
+            names = {pa.string(): "text", pa.binary(): "bytes"}
+            types[name] = names.get(stored, f"object: {stored}")
         else:
             types[name] = str(frame[name].dtype)
     return types
@@ -125,8 +126,9 @@ def column_types(
 def _restore(column: pa.ChunkedArray, kind: str) -> Any:
     """One column as what a frame takes, in the recorded type."""
     if isinstance(column.type, pa.FixedShapeTensorType):
-        return list(column.combine_chunks().to_numpy_ndarray())
-    if kind == "text" or kind.startswith("object"):
+        arrays = whole.to_numpy_ndarray() if len(whole := column.combine_chunks()) else ()
+        return pd.Series(list(arrays), dtype=object)
+    if kind in ("text", "bytes") or kind.startswith("object"):
         return column.to_pandas().astype(object)
     dtype = pd.api.types.pandas_dtype(kind)
     if hasattr(dtype, "__from_arrow__") and not isinstance(dtype, pd.DatetimeTZDtype):
