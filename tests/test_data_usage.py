@@ -307,6 +307,7 @@ def test_labels_are_given_once(store: DataStore, capsys: pytest.CaptureFixture[s
     assert np.array_equal(store.load("flights@v1.0")["id"], table(50)["id"])
 
 
+@pytest.mark.slow
 def test_the_cycle_keeps_its_record(factory: DataStore) -> None:
     turn(factory, 0)
     result = turn(factory, 1)
