@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .data_history import rollback, tag, used_by
+from .data_history import collect_garbage, rollback, tag, used_by
 from .data_transfer import pull, push
 from .data_import import import_data
 from mlops_workbench.cli.data_support import (
@@ -305,6 +305,6 @@ def verify(ref: str | None, repair: bool, workspace: Path | None, as_json: bool)
             f"({lasting[0].place} of {lasting[0].ref}); {advice}"
         )
 
-# %% ../../nbs/cli/09_data.ipynb #6dcec987
-for _command in (used_by, rollback, tag, push, pull, import_data):
+# %% ../../nbs/cli/09_data.ipynb #37dad589
+for _command in (used_by, rollback, tag, push, pull, import_data, collect_garbage):
     data.add_command(_command)
