@@ -85,7 +85,7 @@ def test_help_lists_every_installed_command(capsys: pytest.CaptureFixture[str]) 
 
 def test_every_command_module_is_on_the_list() -> None:
     shared = {"__init__", "main", "options", "starter"}
-    shared |= {"data_support", "data_history", "data_transfer"}
+    shared |= {"data_support", "data_history", "data_transfer", "data_import"}
     modules = {path.stem for path in (REPOSITORY / "mlops_workbench" / "cli").glob("*.py")}
     assert modules - shared - {entry.module for entry in COMMANDS.values()} == set()
 

@@ -1,24 +1,35 @@
 """Who used these rows: over ten thousand releases, through the command, and what a roll-back of the data moves."""
 
 import json
+import random
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from data_support import new_store, table
+from data_support import (
+    files_under,
+    new_store,
+    result_of,
+    start_snapshot,
+    table,
+    wait_until_ready,
+)
 from pipeline_support import make_workspace, share_kernels, stage_cells
+from remotes_support import kill_group, start_command
 
 from mlops_workbench.cli.main import main
 from mlops_workbench.core.audit import seal_record
 from mlops_workbench.core.clock import iso, now
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.ledger_schema import audit, audit_head, decisions, releases, slots
+from mlops_workbench.data.dvc import run_dvc
 from mlops_workbench.data.names import name_version
 from mlops_workbench.data.usage import used_by
 from mlops_workbench.data.versions import DataStore
 from mlops_workbench.pipeline.cycles import create_cycle, read_cycle
+from mlops_workbench.pipeline.data_gc import collect_data
 from mlops_workbench.pipeline.data_line import withdrawn_versions
 from mlops_workbench.pipeline.data_rollback import rollback_data
 from mlops_workbench.pipeline.manifest import read_manifest
@@ -307,6 +318,7 @@ def test_labels_are_given_once(store: DataStore, capsys: pytest.CaptureFixture[s
     assert np.array_equal(store.load("flights@v1.0")["id"], table(50)["id"])
 
 
+@pytest.mark.slow
 def test_the_cycle_keeps_its_record(factory: DataStore) -> None:
     turn(factory, 0)
     result = turn(factory, 1)
@@ -314,3 +326,60 @@ def test_the_cycle_keeps_its_record(factory: DataStore) -> None:
     kept = read_cycle(factory.workspace, result.cycle)
     assert kept is not None and set(kept.stages) == {"prepare", "train"}
     assert create_cycle(factory.workspace).name != result.cycle
+
+
+# --- what may go ----------------------------------------------------------------------------------
+
+
+def test_gc_keeps_what_is_needed_and_leaves_other_files_alone(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = table(5000)
+    for rows in (2000, 3000, 4000, 5000):
+        store.snapshot("flights", frame[:rows], **NAMES)
+    (store.root / "own.bin").write_bytes(b"tracked by hand" * 1000)
+    run_dvc(store.root, "add", "own.bin")
+    (store.root / "own.bin").unlink()
+    release = {"digest": "d" * 64, "name": "flights-r1", "recipe": "flights", "path": "/x"}
+    release |= {"data_version": "flights@v1.1", "run_id": "run"}
+    with Ledger(store.workspace.ledger_url).decision(
+        "gate", actor="test", subject="flights-r1", verdict="approved", reason="all gates passed"
+    ) as change:
+        change.add_release(release)
+    here = ["-w", str(store.root)]
+    before = files_under(store.root)
+    assert main(["data", "gc", "--remote", "--json", *here]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["dropped"] == ["flights@v1.0", "flights@v1.2"] and not planned["deleted"]
+    assert planned["kept"]["flights@v1.1"] == ["release flights-r1"]
+    assert [path for path in before if path not in set(files_under(store.root))] == []
+    assert main(["data", "gc", "--remote", "--yes", *here]) == 0
+    assert [version.ref for version in store.versions()] == ["flights@v1.1", "flights@v1.3"]
+    assert store.verify() == []
+    assert len(store.load("flights@v1.1")) == 3000
+    run_dvc(store.root, "checkout", "own.bin.dvc")
+    assert (store.root / "own.bin").stat().st_size == 15_000
+    assert store.snapshot("flights", frame[:100], **NAMES).ref == "flights@v1.4"
+    assert Ledger(store.workspace.ledger_url).verify().ok
+
+
+@pytest.mark.slow
+def test_gc_beside_snapshots_and_kills(store: DataStore, tmp_path: Path) -> None:
+    frame, moments = table(3000), random.Random(2)
+    for rows in (1000, 1500, 2000):
+        store.snapshot("flights", frame[:rows], **NAMES)
+    kills = 0
+    for turn_number in range(10):
+        frame[: 2010 + turn_number].to_parquet(tmp_path / "new.parquet")
+        writer = start_snapshot(store.workspace, tmp_path / "new.parquet", "beside")
+        wait_until_ready(writer)
+        cleaner = start_command(store.root, "gc", "--yes", "--remote", environment={})
+        if turn_number % 2:
+            time.sleep(moments.uniform(1.0, 5.0))
+            kills += kill_group(cleaner)
+        else:
+            assert cleaner.wait(120) == 0, cleaner.communicate()
+        result_of(writer)
+    collect_data(store.workspace, actor="test", remote=True, delete=True)
+    assert [problem for problem in store.verify() if not problem.repaired] == []
+    assert store.resolve("flights").rows == 2019 and len(store.load("flights")) == 2019

@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .data_history import rollback, tag, used_by
+from .data_history import collect_garbage, rollback, tag, used_by
 from .data_transfer import pull, push
-from .data_support import find_version, open_store, read_file, waiting
+from .data_import import import_data
+from mlops_workbench.cli.data_support import (
+    appended,
+    find_version,
+    judged,
+    open_store,
+    read_file,
+    waiting,
+)
 from mlops_workbench.cli.options import (
     json_option,
     print_json,
@@ -119,12 +127,12 @@ def snapshot(
         name = name or _recipe_dataset(store)
         frame, arguments = _snapshot_arguments(store, name, file, selection, key, label)
         if append:
-            frame = _appended(store, name, frame, arguments["key"])
+            frame = appended(store, name, frame, arguments["key"])
         arguments |= {"message": message, "source_batch": batch, "force": force, "minor": not major}
         base = base_version(store.workspace, name)
         arguments["parent"] = base.ref if base is not None else None
         try:
-            version = store.snapshot(name, frame, order=order or None, **_judged(store, arguments))
+            version = store.snapshot(name, frame, order=order or None, **judged(store, arguments))
         except BatchRefusedError as error:
             if as_json:
                 print_json(error.report.summary())
@@ -139,42 +147,12 @@ def snapshot(
     for problem in [] if version.unchanged else version.validation.get("problems", []):
         click.echo(f"  {problem['severity']}: {problem['column']}: {problem['text']}")
 
-# %% ../../nbs/cli/09_data.ipynb #b4c6ddcb
-def _judged(store: DataStore, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with a validation also where the data set has no recipe and so no schema."""
-    if "schema" in arguments:
-        return arguments
-    from mlops_workbench.data.validation import ValidationReport, validate_batch
-
-    limits = store.workspace.settings.data
-    names = {"key": arguments["key"], "label": arguments["label"]}
-
-    def validate(frame: pd.DataFrame, previous: pd.DataFrame | None) -> ValidationReport:
-        return validate_batch(frame, schema=None, previous=previous, settings=limits, **names)
-
-    return {**arguments, "validate": validate}
-
 # %% ../../nbs/cli/09_data.ipynb #54d48da1
 def _recipe_dataset(store: DataStore) -> str:
     """The name of the data set of the workspace's recipe."""
     from mlops_workbench.recipes.protocol import load_recipe
 
     return load_recipe(store.workspace.settings.workspace.recipe, store.root).dataset
-
-# %% ../../nbs/cli/09_data.ipynb #412de6bd
-def _appended(store: DataStore, name: str, frame: pd.DataFrame, key: str) -> pd.DataFrame:
-    """The newest version that was not taken back, with the rows added; known keys replace the old ones."""
-    import pandas as pd
-
-    from mlops_workbench.pipeline.data_rollback import base_version
-
-    latest = base_version(store.workspace, name)
-    if latest is None:
-        return frame
-    if key not in frame:
-        raise UsageError(f"expected a column {key!r} in the new rows, found {list(frame.columns)}")
-    old = store.load(latest)
-    return pd.concat([old[~old[key].isin(frame[key])], frame], ignore_index=True)
 
 # %% ../../nbs/cli/09_data.ipynb #e2d3ba19
 @data.command("list")
@@ -327,6 +305,6 @@ def verify(ref: str | None, repair: bool, workspace: Path | None, as_json: bool)
             f"({lasting[0].place} of {lasting[0].ref}); {advice}"
         )
 
-# %% ../../nbs/cli/09_data.ipynb #63c03cd1
-for _command in (used_by, rollback, tag, push, pull):
+# %% ../../nbs/cli/09_data.ipynb #37dad589
+for _command in (used_by, rollback, tag, push, pull, import_data, collect_garbage):
     data.add_command(_command)

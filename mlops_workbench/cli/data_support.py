@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UsageError
 from ..core.workspace import Workspace
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlops_workbench.data.versions import DataStore
 
 # %% auto #0
-__all__ = ['open_store', 'find_version', 'waiting', 'read_file', 'read_keys']
+__all__ = ['open_store', 'find_version', 'waiting', 'read_file', 'read_keys', 'judged', 'appended']
 
 # %% ../../nbs/cli/26_data_support.ipynb #ced0d218
 def open_store(workspace: Path | None) -> DataStore:
@@ -82,3 +82,33 @@ def read_keys(path: Path) -> list[str]:
             f"expected a list of keys in {path}, found something else; for example [17, 18]"
         )
     return [str(key) for key in keys]
+
+# %% ../../nbs/cli/26_data_support.ipynb #0b77d3d3
+def judged(store: DataStore, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with a validation also where the data set has no recipe and so no schema."""
+    if "schema" in arguments:
+        return arguments
+    from mlops_workbench.data.validation import ValidationReport, validate_batch
+
+    limits = store.workspace.settings.data
+    names = {"key": arguments["key"], "label": arguments["label"]}
+
+    def validate(frame: pd.DataFrame, previous: pd.DataFrame | None) -> ValidationReport:
+        return validate_batch(frame, schema=None, previous=previous, settings=limits, **names)
+
+    return {**arguments, "validate": validate}
+
+# %% ../../nbs/cli/26_data_support.ipynb #a9b70d69
+def appended(store: DataStore, name: str, frame: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The newest version that was not taken back, with the rows added; known keys replace the old ones."""
+    import pandas as pd
+
+    from mlops_workbench.pipeline.data_rollback import base_version
+
+    latest = base_version(store.workspace, name)
+    if latest is None:
+        return frame
+    if key not in frame:
+        raise UsageError(f"expected a column {key!r} in the new rows, found {list(frame.columns)}")
+    old = store.load(latest)
+    return pd.concat([old[~old[key].isin(frame[key])], frame], ignore_index=True)

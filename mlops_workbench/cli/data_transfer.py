@@ -57,15 +57,16 @@ def _tell(moved: Transfer, as_json: bool) -> None:
     "--to",
     "remote",
     default="",
-    metavar="ADDRESS",
-    help="Another remote than that of settings.ini: a folder, s3://bucket/folder, ssh://user@host/folder.",
+    metavar="REMOTE",
+    help="Not the one of settings.ini: a folder, s3://bucket/folder, ssh://user@host/folder, or a name.",
 )
 @workspace_option
 @json_option
 def push(refs: tuple[str, ...], remote: str, workspace: Path | None, as_json: bool) -> None:
     """Send versions (default: all) to the remote; an interrupted push goes on where it stopped.
 
-    Credentials come from AWS_ACCESS_KEY_ID and its kin, from ~/.ssh, or from .dvc/config.local.
+    Credentials come from AWS_ACCESS_KEY_ID and its kin, from ~/.ssh, or from .dvc/config.local, where
+    `dvc remote add --local NAME ADDRESS` and `dvc remote modify --local NAME keyfile PATH` put them.
 
     Example: mwb data push flights@v1.2 --to s3://backup/flights
     """
@@ -83,8 +84,8 @@ def push(refs: tuple[str, ...], remote: str, workspace: Path | None, as_json: bo
     "--from",
     "remote",
     default="",
-    metavar="ADDRESS",
-    help="Another remote than that of settings.ini: a folder, s3://bucket/folder, ssh://user@host/folder.",
+    metavar="REMOTE",
+    help="Not the one of settings.ini: a folder, s3://bucket/folder, ssh://user@host/folder, or a name.",
 )
 @workspace_option
 @json_option

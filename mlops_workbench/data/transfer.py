@@ -10,7 +10,7 @@ import html
 import time
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import DataError, IntegrityError
@@ -18,7 +18,13 @@ from ..core.files import write_atomic
 from . import dvc
 from .names import resolve_version
 from .records import DataVersion
-from .remotes import check_address, explained, remote_sizes, remove_objects
+from mlops_workbench.data.remotes import (
+    Remote,
+    explained,
+    find_remote,
+    remote_sizes,
+    remove_objects,
+)
 from .storage import Places, work_folder
 from .tags import read_tags
 from .versions import DataStore
@@ -55,6 +61,7 @@ class _Batch:
     """Some versions on their way; the lock is held."""
 
     places: Places
+    remote: Remote
     work: Path
     pointers: Mapping[str, str]  # reference -> text of the .dvc file
 
@@ -65,8 +72,8 @@ class _Batch:
             files.append(f"{ref}/{ref.partition('@')[0]}.dvc")
             (self.work / ref).mkdir()
             write_atomic(self.work / files[-1], pointer)
-        with explained(self.places.dvc, self.work):
-            dvc.run_dvc(self.work, verb, *files)
+        with explained(self.remote, self.work):
+            dvc.run_dvc(self.work, verb, "--remote", self.remote.name, *files)
 
     def objects(self) -> dict[str, str]:
         """MD5 -> reference of a version that needs it; raises IntegrityError for a lost list of files."""
@@ -86,19 +93,19 @@ def _batches(
     store: DataStore, refs: Sequence[str], remote: str, progress: Progress | None
 ) -> Iterator[_Batch]:
     """The versions in batches, each under the lock and in a work folder of its own."""
-    address = check_address(store.root, remote) if remote else store.dvc.remote
-    places = replace(store.places, dvc=replace(store.dvc, remote=address))
+    places, target = store.places, find_remote(store.dvc, remote)
     chosen = [resolve_version(store, ref).ref for ref in refs]
     known = {f"{tag.name}@{tag.version}": tag.pointer for tag in read_tags(store.root)}
     pointers = {ref: known[ref] for ref in dict.fromkeys(chosen or known)}
     if not pointers:
         raise DataError("expected a data version to move, found none yet; see `mwb data list`")
-    if places.dvc.local_remote is not None:
-        places.dvc.local_remote.mkdir(parents=True, exist_ok=True)
+    if target.base is not None:
+        target.base.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(pointers), BATCH):
         part = dict(list(pointers.items())[start : start + BATCH])
         with store._locked(), work_folder(places) as work:
-            yield _Batch(places, work, part)
+            target.register(work)
+            yield _Batch(places, target, work, part)
         if progress is not None:
             progress(start + len(part), len(pointers))
 
@@ -121,7 +128,7 @@ def push(
         pull(store, unlisted)
     for batch in _batches(store, refs, remote, progress):
         objects = batch.objects()
-        there = remote_sizes(batch.places.dvc, batch.work)
+        there = remote_sizes(batch.remote, batch.work)
         sizes = {md5: batch.local_size(md5) for md5 in objects}
         half = [
             md5 for md5, size in sizes.items() if md5 in there and size not in (None, there[md5])
@@ -130,7 +137,7 @@ def push(
         _check_local(batch, {md5: objects[md5] for md5 in missing})
         if missing:  # DVC sends nothing of a version whose list lies there already
             lists = [md5 for md5 in objects if md5.endswith(".dir") and md5 in there]
-            remove_objects(batch.places.dvc, batch.work, [*half, *lists])
+            remove_objects(batch.remote, batch.work, [*half, *lists])
             batch.run("push")
             _compare(batch, sizes)
         counts.add(batch, objects, missing, half, sizes)
@@ -158,7 +165,7 @@ class _Counts:
         sizes: Mapping[str, int | None],
     ) -> None:
         """Count one batch that arrived."""
-        self.remote = batch.places.dvc.remote
+        self.remote = batch.remote.address
         self.versions += tuple(batch.pointers)
         self.objects += len(objects)
         self.moved += len(moved)
@@ -195,11 +202,11 @@ def _check_local(batch: _Batch, missing: Mapping[str, str]) -> None:
 # %% ../../nbs/data/23_transfer.ipynb #9df827aa
 def _compare(batch: _Batch, sizes: Mapping[str, int | None]) -> None:
     """IntegrityError unless every object of the batch lies in the remote with the right size."""
-    there = remote_sizes(batch.places.dvc, batch.work)
+    there = remote_sizes(batch.remote, batch.work)
     bad = [md5 for md5, size in sizes.items() if md5 not in there or size not in (None, there[md5])]
     if bad:
         raise IntegrityError(
-            f"expected {len(sizes)} whole objects in {batch.places.dvc.remote} after the push, found "
+            f"expected {len(sizes)} whole objects in {batch.remote.address} after the push, found "
             f"{len(bad)} missing or of another size, first {bad[0]}; push again"
         )
 
@@ -231,7 +238,7 @@ def pull(
             dvc.object_path(batch.places.dvc.cache, md5).unlink(missing_ok=True)
         if damaged:
             raise IntegrityError(
-                f"expected whole objects from {batch.places.dvc.remote}, found {len(damaged)} damaged, first "
+                f"expected whole objects from {batch.remote.address}, found {len(damaged)} damaged, first "
                 f"{damaged[0]} of {objects[damaged[0]]}; push that version again from where it is whole"
             )
         counts.add(batch, objects, new, mended, {md5: batch.local_size(md5) for md5 in new})
