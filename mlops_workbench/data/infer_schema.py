@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandera.pandas as pandera
 
 # %% auto #0
-__all__ = ['FEWEST_SEEN', 'MOST_VALUES', 'ColumnRule', 'text_pattern', 'column_rule', 'infer_rules', 'schema_text',
+__all__ = ['FEWEST_SEEN', 'MOST_VALUES', 'NEAR_ZERO', 'ColumnRule', 'text_pattern', 'column_rule', 'infer_rules', 'schema_text',
            'build_schema']
 
 # %% ../../nbs/data/37_infer_schema.ipynb #62165adc
@@ -38,6 +38,9 @@ class ColumnRule:
 # %% ../../nbs/data/37_infer_schema.ipynb #e465571c
 FEWEST_SEEN = 5  # a value that was seen less often hints at others that were not seen at all
 MOST_VALUES = 60  # of a closed list
+NEAR_ZERO = (
+    0.02  # of the range: numbers that come so near to 0 and never cross it have a natural end there
+)
 
 # %% ../../nbs/data/37_infer_schema.ipynb #6de02f3c
 def _number(value: float, is_whole: bool) -> str:
@@ -60,10 +63,10 @@ def _number_rule(cells: pd.Series, margin: float) -> tuple[list[str], list[str]]
     reason = (
         f"{low:g} to {high:g} in {len(known):,} rows, {margin:g} times that width on both sides"
     )
-    if low >= 0:
-        ends[0], reason = 0.0, reason + "; never below 0, so not here"
-    if high <= 0:
-        ends[1], reason = 0.0, reason + "; never above 0, so not here"
+    if 0 <= low <= NEAR_ZERO * (high - low):
+        ends[0], reason = 0.0, reason + "; down to 0 and never below"
+    if 0 <= -high <= NEAR_ZERO * (high - low):
+        ends[1], reason = 0.0, reason + "; up to 0 and never above"
     if low >= 0 and high <= 1 and not is_whole and high > 0.5:
         ends, reason = [0.0, 1.0], f"{low:g} to {high:g}: looks like a share"
     ends = [math.floor(ends[0]), math.ceil(ends[1])] if is_whole else ends
@@ -122,7 +125,8 @@ def _text_rule(cells: pd.Series) -> tuple[list[str], list[str]]:
     open_list = f"{len(counts):,} values, {rare:,} of them once: new ones are to be expected"
     pattern = text_pattern([str(value) for value in counts.index])
     if pattern is not None:
-        return [f"pandera.Check.str_fullmatch({pattern!r})"], [open_list, "all have this form"]
+        form = pattern + r"\Z"
+        return [f"pandera.Check.str_matches({form!r})"], [open_list, "all have this form"]
     longest = int(texts.str.len().max())
     most = max(2 * longest, longest + 10)
     return [f"pandera.Check.str_length(max_value={most})"], [
@@ -194,7 +198,7 @@ def schema_text(rules: list[ColumnRule], source: str) -> str:
     lines = [
         "import pandera.pandas as pandera",
         "",
-        f"# proposed from {' '.join(source.split())}: read it, change it",
+        f"# proposed from {source!r}: read it, change it",
     ]
     lines += ["schema = pandera.DataFrameSchema(", "    {"]
     for rule in rules:
