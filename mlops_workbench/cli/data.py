@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .data_quality import infer_schema, review
 from .data_history import collect_garbage, rollback, tag, used_by
 from .data_transfer import pull, push
 from .data_import import import_data
@@ -305,6 +306,16 @@ def verify(ref: str | None, repair: bool, workspace: Path | None, as_json: bool)
             f"({lasting[0].place} of {lasting[0].ref}); {advice}"
         )
 
-# %% ../../nbs/cli/09_data.ipynb #37dad589
-for _command in (used_by, rollback, tag, push, pull, import_data, collect_garbage):
+# %% ../../nbs/cli/09_data.ipynb #cd4cc473
+for _command in (
+    used_by,
+    rollback,
+    tag,
+    push,
+    pull,
+    import_data,
+    collect_garbage,
+    infer_schema,
+    review,
+):
     data.add_command(_command)
