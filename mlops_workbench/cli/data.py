@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .drop import drop
 from mlops_workbench.cli.options import (
     json_option,
     print_json,
@@ -40,6 +41,9 @@ def data() -> None:
 
     Example: mwb data diff flights@v1.0 flights@v1.1
     """
+
+
+data.add_command(drop)
 
 # %% ../../nbs/cli/09_data.ipynb #18918470
 def _open(workspace: Path | None) -> DataStore:

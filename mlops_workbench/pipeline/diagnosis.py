@@ -40,7 +40,8 @@ from mlops_workbench.pipeline.suspects import (
 from ..recipes.protocol import Recipe
 
 # %% auto #0
-__all__ = ['Remedy', 'Diagnosis', 'diagnose', 'choose_remedy', 'culprit_record', 'diagnosis_record', 'record_diagnosis']
+__all__ = ['Remedy', 'Diagnosis', 'sides_table', 'diagnose', 'choose_remedy', 'culprit_record', 'diagnosis_record',
+           'record_diagnosis']
 
 # %% ../../nbs/pipeline/54_diagnosis.ipynb #4d7e9bec
 @dataclass(frozen=True)
@@ -95,6 +96,20 @@ class Diagnosis:
             for f in self.findings
         ]
         return pd.DataFrame(rows)
+
+# %% ../../nbs/pipeline/54_diagnosis.ipynb #9f8a4c6a
+def sides_table(diagnosis: Diagnosis) -> pd.DataFrame:
+    """Both states, one line a property that either has."""
+    sides = (diagnosis.fall.good, diagnosis.fall.bad)
+    rows: dict[str, list[Any]] = {
+        "state": [side.name for side in sides],
+        "data version": [side.data_version for side in sides],
+    }
+    for name in sorted({name for side in sides for name in side.metrics}):
+        rows[f"{name} at its evaluation"] = [side.metrics.get(name) for side in sides]
+    for name in sorted(different_parameters(diagnosis.fall)):
+        rows[f"parameter {name}"] = [side.parameters.get(name) for side in sides]
+    return pd.DataFrame(rows, index=["good", "bad"]).T
 
 # %% ../../nbs/pipeline/54_diagnosis.ipynb #1b4ff86d
 def _fell(fall: Fall) -> bool:
