@@ -9,18 +9,30 @@ from why_support import plant, score
 
 from mlops_workbench.experiment.retrains import Budget
 from mlops_workbench.pipeline.culprit import Culprit, find_culprit
-from mlops_workbench.recipes.pictures import FASHION_FOLDER, digits, fashion
-from mlops_workbench.recipes.pictures import PictureRecipe
+from mlops_workbench.recipes.pictures import FASHION_FOLDER, PictureRecipe, digits, fashion
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 SEEDS = range(20)
 
 
-def search(folder: Path, seed: int, fault: str, recipe: PictureRecipe = digits, budget: Budget | None = None, **sizes: object):
+def search(
+    folder: Path,
+    seed: int,
+    fault: str,
+    recipe: PictureRecipe = digits,
+    budget: Budget | None = None,
+    **sizes: object,
+):
     """What was planted with this seed and what is found."""
     planted = plant(folder, seed, fault=fault, recipe=recipe, **sizes)  # type: ignore[arg-type]
     found = find_culprit(
-        planted.store, recipe, planted.refs[0], planted.refs[-1], parameters={}, folder=folder / "retrains", budget=budget
+        planted.store,
+        recipe,
+        planted.refs[0],
+        planted.refs[-1],
+        parameters={},
+        folder=folder / "retrains",
+        budget=budget,
     )
     effect = found.comparison.effect
     precision, recall = score(found.guilty_keys, planted.wrong)
@@ -66,7 +78,9 @@ def test_random_noise_is_small_and_its_rows_are_named_all_the_same(tmp_path: Pat
     assert small >= 16, small
 
 
-@pytest.mark.skipif(not FASHION_FOLDER.is_dir(), reason="Fashion-MNIST is not installed: make system")
+@pytest.mark.skipif(
+    not FASHION_FOLDER.is_dir(), reason="Fashion-MNIST is not installed: make system"
+)
 def test_a_thousand_of_thirteen_thousand_pictures(tmp_path: Path) -> None:
     """Labels off by one in 1,000 of about 13,000 pictures: version, change-set and rows in every seed."""
     rows = fashion.source("all")

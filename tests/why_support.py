@@ -30,7 +30,9 @@ def off_by_one(rows: pd.DataFrame, classes: int = 10) -> pd.DataFrame:
     return rows.assign(label=(rows["label"] + 1) % classes)
 
 
-def noisy(rows: pd.DataFrame, count: int, seed: int, classes: int = 10) -> tuple[pd.DataFrame, set[str]]:
+def noisy(
+    rows: pd.DataFrame, count: int, seed: int, classes: int = 10
+) -> tuple[pd.DataFrame, set[str]]:
     """The rows with `count` labels replaced by random other ones, and the keys of these."""
     draw = np.random.default_rng(seed)
     places = draw.permutation(len(rows))[:count]

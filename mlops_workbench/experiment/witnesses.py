@@ -101,9 +101,9 @@ def gradient_products(model: nn.Module, rows: Rows, judges: Rows) -> NDArray[np.
         for name, value in leaves.items()
     }
     still = {name: value.detach() for name, value in leaves.items()}
-    _, products = jvp(
-        lambda moved: _loss_of(model, {**moved, **buffers}, rows), (still,), (uphill,)
-    )
+    products = jvp(lambda moved: _loss_of(model, {**moved, **buffers}, rows), (still,), (uphill,))[
+        1
+    ]
     return -np.asarray(products.detach().numpy(), dtype=np.float64)
 
 # %% ../../nbs/experiment/22_witnesses.ipynb #e13677d8

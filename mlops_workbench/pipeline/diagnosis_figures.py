@@ -100,7 +100,7 @@ def rows_figure(culprit: Culprit) -> Figure | None:
     axes.set_xlabel("probability that the label is wrong, by the old model")
     axes.set_ylabel("harm to the judges: share of good rows\nthat do less")
     axes.set_title(culprit.change.title, loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="lower center")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return figure
 
 # %% ../../nbs/pipeline/55_diagnosis_figures.ipynb #22371d34

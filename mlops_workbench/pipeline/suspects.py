@@ -5,7 +5,7 @@
 # %% ../../nbs/pipeline/53_suspects.ipynb #90a130b3
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,24 +16,28 @@ from numpy.typing import NDArray
 
 from ..core.bundle import read_manifest
 from ..core.errors import DataError, WorkbenchError
+from ..core.features import FeatureSchema
 from ..core.workspace import Workspace, run_git
 from ..data.versions import DataStore
 from ..experiment.retrains import row_losses
 from ..experiment.sequential import Comparison
 from ..monitoring.champion import read_part
+from ..monitoring.directions import number_direction
 from ..monitoring.drift import DriftReport, drift
 from ..monitoring.prediction_store import read_window
 from ..monitoring.service import ServiceFigures, window_service
 from .culprit import Culprit, choose_judges
 from .fall import Fall, Side
 from .traffic_shift import TrafficShift, take_apart
+from ..recipes.metrics import roc_area
 from ..recipes.protocol import Recipe, encode
 from ..release.bundles import predict_onnx
 
 # %% auto #0
-__all__ = ['VERDICTS', 'NO_CODE', 'CODE_WORDS', 'MOST_ERRORS', 'SLOWER', 'MISSING', 'Finding', 'changed_lines', 'judge_code',
-           'different_parameters', 'judge_parameters', 'judge_data', 'judge_seeds', 'Traffic', 'judge_service',
-           'judge_traffic', 'judge_concept', 'traffic_frame', 'read_traffic']
+__all__ = ['VERDICTS', 'NO_CODE', 'CODE_WORDS', 'MOST_ERRORS', 'SLOWER', 'MISSING', 'SEPARATING', 'Finding', 'changed_lines',
+           'judge_code', 'different_parameters', 'judge_parameters', 'judge_data', 'judge_seeds', 'Traffic',
+           'judge_service', 'judge_traffic', 'judge_concept', 'traffic_frame', 'moved_numbers', 'gap_costs',
+           'read_traffic']
 
 # %% ../../nbs/pipeline/53_suspects.ipynb #1c01bf72
 VERDICTS = ("guilty", "changed", "innocent", "not measured")
@@ -177,6 +181,10 @@ class Traffic:
     shift: TrafficShift | None
     label_shares: tuple[float, float] | None  # of the last class, held out and now
     classes: tuple[str, ...] = ()
+    gap_costs: Mapping[str, float] = field(
+        default_factory=dict
+    )  # feature -> loss a row that its gaps cost
+    moved: Mapping[str, str] = field(default_factory=dict)  # column -> where it went, in words
 
 
 def judge_service(traffic: Traffic | None) -> Finding:
@@ -191,10 +199,9 @@ def judge_service(traffic: Traffic | None) -> Finding:
     if p95 and usual and p95 > max(50.0, SLOWER * usual):
         broken.append(f"p95 {usual:.0f} -> {p95:.0f} ms")
     grown = {name: pair for name, pair in traffic.gaps.items() if pair[1] - pair[0] >= MISSING}
-    broken += [
-        f"{name} is missing in {new:.0%} of rows (training: {old:.0%})"
-        for name, (old, new) in grown.items()
-    ]
+    gaps = [(_gap_words(name, pair), _is_to_blame(name, traffic)) for name, pair in grown.items()]
+    broken += [words for words, to_blame in gaps if to_blame]
+    harmless = [words for words, to_blame in gaps if not to_blame]
     numbers = {
         "error_share": now.error_share,
         "latency_p95_ms": p95,
@@ -204,12 +211,23 @@ def judge_service(traffic: Traffic | None) -> Finding:
         return Finding("service", "guilty", "; ".join(broken), numbers)
     latency = f"p95 {p95:.1f} ms" if p95 else "too few requests for a p95"
     errors = f"{now.error_share or 0:.1%} errors"
-    return Finding(
-        "service",
-        "innocent",
-        f"{now.requests:,} requests, {errors}, {latency}, no feature missing",
-        numbers,
-    )
+    missing = "no feature missing"
+    if harmless:
+        missing = f"{'; '.join(harmless)}, but rows that have it fell as much"
+    text = f"{now.requests:,} requests, {errors}, {latency}, {missing}"
+    return Finding("service", "innocent", text, numbers)
+
+# %% ../../nbs/pipeline/53_suspects.ipynb #87209313
+def _gap_words(name: str, shares: tuple[float, float]) -> str:
+    """How a feature's gaps grew."""
+    return f"{name} is missing in {shares[1]:.0%} of rows (training: {shares[0]:.0%})"
+
+
+def _is_to_blame(name: str, traffic: Traffic) -> bool:
+    """Whether a feature's gaps make a good part of the fall; without true answers they are to blame until shown otherwise."""
+    if name not in traffic.gap_costs or traffic.shift is None:
+        return True
+    return traffic.gap_costs[name] >= 0.3 * traffic.shift.total
 
 # %% ../../nbs/pipeline/53_suspects.ipynb #f37cf420
 def judge_traffic(traffic: Traffic | None) -> Finding:
@@ -217,13 +235,11 @@ def judge_traffic(traffic: Traffic | None) -> Finding:
     if traffic is None:
         return Finding("traffic", "not measured", "no stretch of traffic was named")
     found = traffic.drift
-    moved = sorted(
-        (c for c in (found.columns if found else []) if c.moved), key=lambda c: -c.effect
-    )
-    words = (
-        "; ".join(f"{c.column}: {c.direction}" for c in moved[:5])
-        or "no column moved beyond chance"
-    )
+    drifted = {c.column: c.direction for c in (found.columns if found else []) if c.moved}
+    others = {name: words for name, words in drifted.items() if name not in traffic.moved}
+    moved = {**traffic.moved, **others}
+    words = "; ".join(f"{name}: {where}" for name, where in list(moved.items())[:6])
+    words = words or "no column moved beyond chance"
     numbers: dict[str, Any] = {"columns_moved": len(moved)}
     if traffic.label_shares is not None:
         before, now = traffic.label_shares
@@ -302,6 +318,45 @@ def _missing_shares(
         if name in rows
     }
 
+# %% ../../nbs/pipeline/53_suspects.ipynb #c292c156
+SEPARATING = 0.62  # area under the ROC curve from which a single number tells traffic from training
+
+
+def moved_numbers(
+    before: pd.DataFrame, now: pd.DataFrame, features: FeatureSchema
+) -> dict[str, str]:
+    """The numbers that tell both tables apart, the clearest first, each with where it went.
+
+    A column that was constant in training and begins to vary has no spread to measure an effect in; its ranks have.
+    """
+    found: list[tuple[float, str, str]] = []
+    for feature in features.of_kind("number"):
+        sides = [
+            pd.to_numeric(frame[feature.name]).dropna().to_numpy(dtype=np.float64)
+            for frame in (before, now)
+        ]
+        if min(len(side) for side in sides) < 50:
+            continue
+        both = np.concatenate(sides)
+        area = roc_area(np.arange(len(both)) >= len(sides[0]), both)
+        clear = abs((area or 0.5) - 0.5) + 0.5
+        if clear >= SEPARATING:
+            spread = float(sides[0].std()) or float(both.std())
+            found.append((clear, feature.name, number_direction(sides[0], sides[1], spread)))
+    return {name: words for _, name, words in sorted(found, reverse=True)}
+
+
+def gap_costs(
+    rows: pd.DataFrame, losses: NDArray[np.float64], names: Sequence[str]
+) -> dict[str, float]:
+    """For each feature with gaps in some of these rows, the loss a row that they cost beyond that of rows without."""
+    found: dict[str, float] = {}
+    for name in names:
+        gap = rows[name].isna().to_numpy()
+        if min(gap.sum(), (~gap).sum()) >= 50:
+            found[name] = float(gap.mean() * (losses[gap].mean() - losses[~gap].mean()))
+    return found
+
 # %% ../../nbs/pipeline/53_suspects.ipynb #94f3c07e
 def read_traffic(
     workspace: Workspace, store: DataStore, recipe: Recipe, fall: Fall
@@ -318,6 +373,7 @@ def read_traffic(
     names = [feature.name for feature in features.features]
     labelled = rows[rows[label] >= 0]
     shift = shares = None
+    costs: dict[str, float] = {}
     held_out = choose_judges(recipe, store.load(fall.good.data_version))
     held_out = held_out.assign(**{label: encode(recipe, held_out)[1]})
     if len(labelled) >= settings.minimum_labels:
@@ -326,6 +382,7 @@ def read_traffic(
         try:
             losses = _losses(fall.good, recipe, held_out), _losses(fall.good, recipe, labelled)
             shift = take_apart(held_out, losses[0], labelled, losses[1], names)
+            costs = gap_costs(labelled, losses[1], names)
         except DataError:
             shift = None
     service, before = _service(workspace, fall)
@@ -338,7 +395,8 @@ def read_traffic(
         minimum_rows=settings.minimum_rows,
     )
     gaps = _missing_shares(profile, rows)
-    return Traffic(service, before, rows, moved, gaps, shift, shares, features.classes)
+    told = moved_numbers(held_out, rows, features)
+    return Traffic(service, before, rows, moved, gaps, shift, shares, features.classes, costs, told)
 
 # %% ../../nbs/pipeline/53_suspects.ipynb #80dfba70
 def _service(workspace: Workspace, fall: Fall) -> tuple[ServiceFigures, ServiceFigures | None]:
