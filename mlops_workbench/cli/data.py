@@ -13,6 +13,7 @@ import click
 
 from .data_quality import infer_schema, review
 from .data_history import collect_garbage, rollback, tag, used_by
+from .drop import drop
 from .data_transfer import pull, push
 from .data_import import import_data
 from mlops_workbench.cli.data_support import (
@@ -308,14 +309,7 @@ def verify(ref: str | None, repair: bool, workspace: Path | None, as_json: bool)
 
 # %% ../../nbs/cli/09_data.ipynb #cd4cc473
 for _command in (
-    used_by,
-    rollback,
-    tag,
-    push,
-    pull,
-    import_data,
-    collect_garbage,
-    infer_schema,
-    review,
+    *(used_by, rollback, tag, push, pull, import_data, collect_garbage),
+    *(infer_schema, review, drop),
 ):
     data.add_command(_command)

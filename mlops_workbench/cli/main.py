@@ -45,6 +45,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "serve": CommandEntry("serve", "Answer predictions over HTTP."),
     "feedback": CommandEntry("feedback", "Send true labels for past predictions."),
     "monitor": CommandEntry("monitor", "Look at the traffic: quality, latency, drift, alerts."),
+    "why": CommandEntry("why", "Find out why quality fell: model, data, traffic or service."),
     "loop": CommandEntry("loop", "Monitor, alert, and start the next cycle, again and again."),
     "audit": CommandEntry("audit", "Show decisions and verify that none was altered."),
     "notify": CommandEntry("notify", "Show, test and send notifications."),

@@ -39,7 +39,7 @@ from mlops_workbench.pipeline.manifest import (
     read_run,
     write_record,
 )
-from .notebooks import choose_stages, find_stages
+from .notebooks import find_stage
 from mlops_workbench.pipeline.records import (
     RUN_FOLDER_VARIABLE,
     OpenRun,
@@ -278,7 +278,7 @@ _opened: dict[str, Stage] = {}
 def _open_by_hand(name: str, parameters: Mapping[str, Any]) -> Stage:
     """Open a run of a stage in this kernel."""
     workspace = Workspace.open()
-    notebook = choose_stages(find_stages(workspace.root), [name])[0]
+    notebook = find_stage(workspace.root, name)
     if set(parameters) != set(notebook.schema.names):
         odd = sorted(set(parameters) ^ set(notebook.schema.names))[0]
         raise StageParameterError(

@@ -1,0 +1,234 @@
+"""`mwb why` from end to end on planted faults: data, traffic, parameters; what it says and what its remedy does."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from monitoring_support import point_to, write_log
+from pipeline_support import mwb
+from why_support import off_by_one, plant, score
+
+from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.core.workspace import create_workspace
+from mlops_workbench.data.versions import DataStore
+from mlops_workbench.experiment.export import export_model
+from mlops_workbench.experiment.recorder import Recorder
+from mlops_workbench.experiment.training import fit
+from mlops_workbench.monitoring.profile import build_profile
+from mlops_workbench.pipeline.diagnosis import choose_remedy, diagnose
+from mlops_workbench.pipeline.fall import read_fall
+from mlops_workbench.recipes.flights import flights
+from mlops_workbench.recipes.pictures import digits
+from mlops_workbench.recipes.protocol import encode
+from mlops_workbench.release.bundles import build_bundle, predict_onnx
+
+
+def test_a_planted_error_is_found_and_the_remedy_takes_it_out(tmp_path: Path) -> None:
+    """Version, change and rows through the command line; the advised command makes a version without them."""
+    planted = plant(tmp_path, seed=1)
+    workspace = planted.store.workspace
+    done = mwb(workspace, "why", planted.refs[0], planted.refs[-1], "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["verdict"] == "data", record["summary"]
+    data = record["data"]
+    assert data["guilty_version"] == planted.guilty_version
+    assert "south" in data["guilty_change"]
+    precision, recall = score(data["guilty_keys"], planted.wrong)
+    assert precision >= 0.95 and recall >= 0.90, (precision, recall)
+    assert data["retrains"] <= data["retrain_limit"]
+    assert "held-out rows of digits@v1.0" in data["judged_by"]
+    assert 0 < data["effect"]["low"] < data["effect"]["high"]
+    executed = json.loads(Path(record["notebook"]).read_text())
+    pictures = [
+        o
+        for c in executed["cells"]
+        for o in c.get("outputs", [])
+        if "image/png" in o.get("data", {})
+    ]
+    assert len(pictures) >= 3
+    decision = Ledger(workspace.ledger_url).decisions(kind="diagnosis")[0]
+    assert decision.verdict == "data" and Path(decision.record_path or "").is_file()
+
+    again = mwb(workspace, "why", planted.refs[0], planted.refs[-1], "--apply-remedy")
+    assert again.returncode == 0, again.stderr
+    assert "0 of them now" in again.stdout and "mwb data drop" in again.stdout
+    mended = planted.store.load("digits")
+    left = set(mended["picture_id"]) & planted.wrong
+    assert len(left) <= 0.1 * len(planted.wrong)
+    assert planted.store.latest("digits").parent == planted.refs[-1]
+
+
+@pytest.fixture(scope="module")
+def storm(tmp_path_factory: pytest.TempPathFactory):
+    """A release that learned from dry hours, and a day on which only wet ones were asked."""
+    folder = tmp_path_factory.mktemp("storm")
+    workspace = create_workspace(folder / "w", name="storm", recipe="flights")
+    rows = flights.source("all")
+    wet = (rows["precip"] > 0) | (rows["visib"] < 5)
+    dry = rows[(rows["precip"] == 0) & (rows["visib"] >= 9)].sample(6000, random_state=0)
+    store = DataStore(workspace)
+    version = store.snapshot("flights", dry, key="flight_id", label="late")
+    part = flights.split(dry)
+    with Recorder(folder / "run") as recorder:
+        trained = fit(
+            flights,
+            dry[part == "train"],
+            dry[part == "validation"],
+            parameters={"epochs": 12},
+            seed=0,
+            folder=folder / "run",
+            recorder=recorder,
+        )
+    model_folder = folder / "model"
+    export_model(flights, trained, model_folder)
+    held_out = dry[part == "test"]
+    arrays, labels = encode(flights, held_out)
+    answers = predict_onnx(model_folder / "model.onnx", arrays)
+    bundle = build_bundle(
+        workspace, name="flights-r1", recipe="flights", model_folder=model_folder, features=flights.features,
+        profile=build_profile(dry[part == "train"], flights.features, answers, labels=labels), parameters=trained.parameters,
+        thresholds={}, metrics=flights.metrics(labels, answers), data_version=version.ref, data_digest=version.digest,
+        provenance={"code_commit": version.commit}, run_id="none", cycle="1",
+    )  # fmt: skip
+    ledger = Ledger(workspace.ledger_url)
+    release = {
+        "digest": bundle.name,
+        "name": "flights-r1",
+        "recipe": "flights",
+        "data_version": version.ref,
+        "run_id": "none",
+        "path": str(bundle),
+    }
+    with ledger.decision(
+        "gate", actor="test", subject="flights-r1", verdict="approved", reason="test"
+    ) as change:
+        change.add_release(release, status="approved")
+    ledger.close()
+    point_to(workspace, bundle.name)
+    asked = rows[wet].sample(1500, random_state=1)
+    arrays, labels = encode(flights, asked)
+    answers = predict_onnx(bundle / "model.onnx", arrays)
+    names = [feature.name for feature in flights.features.features]
+    plain = asked[names].astype(object).where(asked[names].notna(), None).to_dict("records")
+    times = 1_370_044_800.0 + np.linspace(0, 3000, len(asked))  # 2013-06-01
+    predictions = [
+        {"kind": "prediction", "id": f"q{n}", "request": f"r{n}", "time": float(times[n]), "release": bundle.name, "name": "flights-r1", "slot": "champion",
+         "row": plain[n], "probabilities": [float(p) for p in answers[n]], "prediction": int(answers[n].argmax()), "latency_ms": 3.0}
+        for n in range(len(asked))
+    ]  # fmt: skip
+    feedback = [
+        {
+            "kind": "feedback",
+            "id": f"q{n}",
+            "time": float(times[n]) + 60,
+            "label": flights.features.classes[labels[n]],
+        }
+        for n in range(len(asked))
+    ]
+    write_log(workspace.predictions, predictions + feedback)
+    with Ledger(workspace.ledger_url).decision(
+        "alert", actor="test", subject="quality_lost", verdict="firing", reason="log loss above its threshold",
+        evidence={"since": 1_370_044_800.0, "until": 1_370_048_400.0, "release": bundle.name, "key": "k"},
+    ):  # fmt: skip
+        pass
+    return workspace, float(held_out["late"].mean()), float(asked["late"].mean())
+
+
+def test_wet_hours_after_dry_ones_are_traffic_that_moved(storm) -> None:
+    """Not the data, not the labels' meaning: rain and visibility, and many more late flights."""
+    workspace, dry_share, wet_share = storm
+    found = diagnose(workspace, flights, alert="latest")
+    assert found.verdict == "traffic", found.table().to_string()
+    text = found.finding("traffic").text
+    assert "precip" in text and "visib" in text
+    assert f"{dry_share:.0%} -> {wet_share:.0%}" in text
+    assert wet_share > dry_share + 0.15
+    assert found.finding("data").verdict == "innocent"
+    assert found.finding("service").verdict == "innocent"
+    assert "labels' meaning" not in found.guilty
+    assert "log_since=1370044800" in choose_remedy(found).command
+
+
+def test_a_silent_column_is_the_service(storm, tmp_path: Path) -> None:
+    """Features that stop coming are told as the service's fault, before anything else."""
+    workspace, *_ = storm
+    ledger = Ledger(workspace.ledger_url)
+    release = ledger.releases()[0].digest
+    rows = flights.source("0:600")
+    names = [feature.name for feature in flights.features.features]
+    plain = (
+        rows[names]
+        .astype(object)
+        .where(rows[names].notna(), None)
+        .assign(temp=None)
+        .to_dict("records")
+    )
+    start = 1_371_000_000.0
+    write_log(
+        workspace.predictions,
+        [
+            {"kind": "prediction", "id": f"s{n}", "request": f"s{n}", "time": start + n, "release": release, "name": "flights-r1", "slot": "champion",
+             "row": row, "probabilities": [0.8, 0.2], "prediction": 0, "latency_ms": 3.0}
+            for n, row in enumerate(plain)
+        ],
+        tag="b",
+    )  # fmt: skip
+    with ledger.decision(
+        "alert",
+        actor="test",
+        subject="drift",
+        verdict="firing",
+        reason="temp moved",
+        evidence={"since": start, "until": start + 3600, "release": release, "key": "k2"},
+    ):
+        pass
+    by_dates = read_fall(workspace, flights, good="2013-06-12", bad="2013-06-01")
+    assert by_dates.same_release and by_dates.bad.name == "flights-r1"
+    assert by_dates.window == (1_370_044_800.0, 1_370_131_200.0)
+    found = diagnose(workspace, flights, alert="drift")
+    assert found.verdict == "service" and "temp is missing in 100%" in found.summary
+
+
+def test_nothing_planted_accuses_nobody(tmp_path: Path) -> None:
+    """Honest deliveries and three corrected labels: no data finding."""
+    planted = plant(tmp_path, seed=2, fault="")
+    found = diagnose(planted.store.workspace, digits, good=planted.refs[0], bad=planted.refs[-1])
+    assert found.verdict == "nobody", found.summary
+    assert choose_remedy(found).command == ""
+
+
+def test_a_relabelled_block_is_taken_back_not_deleted(tmp_path: Path) -> None:
+    """Wrong corrections of known rows: the change is the relabelling, and the remedy restores the old labels."""
+    store = DataStore(create_workspace(tmp_path / "w", name="digits", recipe="digits"))
+    rows = digits.source("0:1200")
+    first = store.snapshot("digits", rows[:1000], key="picture_id", label="label").ref
+    part = digits.split(rows[:1000])
+    chosen = rows[:1000][(part == "train").to_numpy()].head(300)["picture_id"]
+    spoilt = rows.copy()
+    turned = spoilt["picture_id"].isin(set(chosen))
+    spoilt.loc[turned, "label"] = off_by_one(spoilt[turned])["label"]
+    second = store.snapshot("digits", spoilt, key="picture_id", label="label").ref
+    found = diagnose(store.workspace, digits, good=first, bad=second)
+    assert found.culprit is not None and found.culprit.change is not None
+    assert found.culprit.change.kind == "labels changed"
+    precision, recall = score(found.culprit.guilty_keys, set(chosen))
+    assert precision >= 0.95 and recall >= 0.90, (precision, recall)
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps(found.culprit.guilty_keys))
+    assert f"--as-in {first}" in choose_remedy(found, str(keys)).command
+    done = mwb(store.workspace, "data", "drop", second, "--keys-from", str(keys), "--as-in", first)
+    assert done.returncode == 0, done.stderr
+    mended = store.load("digits").set_index("picture_id")["label"]
+    right = rows.set_index("picture_id")["label"]
+    assert len(mended) == len(rows)
+    assert (mended.loc[found.culprit.guilty_keys] == right.loc[found.culprit.guilty_keys]).all()
+
+
+def test_two_states_that_nobody_knows_are_one_line(tmp_path: Path) -> None:
+    """Mistakes of the person end with exit code 2 and say what to type."""
+    workspace = create_workspace(tmp_path / "w", name="digits", recipe="digits")
+    done = mwb(workspace, "why", "digits-r1", "digits-r2")
+    assert done.returncode != 0 and "release on record" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
