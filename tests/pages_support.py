@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,6 +35,7 @@ from mlops_workbench.experiment.recorder import Recorder
 from mlops_workbench.experiment.tracking import finish_run, ship_journal, start_run
 from mlops_workbench.monitoring.monitor import MonitorSnapshot, monitor_once
 from mlops_workbench.pages.reader import refresh, refresh_once
+from mlops_workbench.pipeline.kernels import stop_parents
 from mlops_workbench.pipeline.manifest import MANIFEST_FILE, Manifest, OutputFile, write_record
 from mlops_workbench.recipes.pictures import read_digits
 
@@ -309,7 +311,31 @@ def pages_running(
             raise
 
 
-def wait_for_port(port: int, process: subprocess.Popen[str], seconds: float = 60) -> None:
+@contextlib.contextmanager
+def lab_running(workspace: Workspace, token: str) -> Iterator[str]:
+    """`mwb lab` on a free port: its address; it is ended with SIGTERM."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlops_workbench.cli.main", "lab", "-w", str(workspace.root)]
+    command += ["--port", str(port), "--no-browser", f"--IdentityProvider.token={token}"]
+    process = subprocess.Popen(
+        command + (["--allow-root"] if os.geteuid() == 0 else []),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for_port(port, process)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        stop_parents(workspace.kernels)
+
+
+def wait_for_port(port: int, process: subprocess.Popen[Any], seconds: float = 60) -> None:
     """Return when something listens there; AssertionError when the process ends before."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:

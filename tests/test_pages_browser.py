@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
 from pages_support import (
@@ -12,6 +13,7 @@ from pages_support import (
     CONTRAST,
     Factory,
     kernels_of,
+    lab_running,
     make_factory,
     pages_running,
     record_run,
@@ -27,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser: {CHROMIUM} is not installed"),
 ]
 PATIENCE_MS = 60_000
+LAB_TOKEN = "a-token-of-this-test"
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +183,44 @@ def test_the_keyboard_reaches_and_works_everything(
     page.emulate_media(color_scheme="light")
     assert_readable(page, [*rows, ".mwb h1", ".mwb h2", ".mwb p", ".mwb td", ".mwb th", "nav a"])
     page.context.close()
+
+
+def run_cell(page: Page, address: str, name: str) -> None:
+    """Open a notebook in JupyterLab, wait for its kernel and run its first cell."""
+    page.goto(f"{address}/lab/tree/{name}.ipynb?token={LAB_TOKEN}", timeout=PATIENCE_MS)
+    idle = '.jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status="idle"]'
+    page.wait_for_selector(idle, timeout=PATIENCE_MS)
+    page.locator(".jp-CodeCell .cm-content").first.click()
+    page.keyboard.press("Shift+Enter")
+
+
+def test_pages_work_as_cells_in_jupyterlab(
+    browser: Browser, served: tuple[Factory, str, int]
+) -> None:
+    factory, _, _ = served
+    for name in ("experiments", "monitoring"):
+        code = f"from mlops_workbench.pages.{name} import {name}_page\n\n{name}_page()"
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+        nbformat.write(notebook, factory.workspace.root / f"{name}.ipynb")
+    with lab_running(factory.workspace, LAB_TOKEN) as address:
+        page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        run_cell(page, address, "experiments")
+        expect(page.locator("tr.selected")).to_have_count(2, timeout=PATIENCE_MS)
+        page.locator("table.dataTable tbody tr", has_text="2013-04-03/train").click()
+        comparison = page.get_by_role("region", name="what differs between the selected runs")
+        expect(comparison).to_contain_text("2013-04-03/train", timeout=15_000)
+        lines = page.locator(".js-plotly-plot").first.locator(".scatterlayer .trace")
+        expect(lines).to_have_count(3)
+        assert_readable(page, ["table.dataTable tbody td", ".mwb h1", ".mwb td", ".mwb th"])
+        run_cell(page, address, "monitoring")
+        expect(page.locator(".mwb-tile").first).to_be_visible(timeout=PATIENCE_MS)
+        assert page.locator(".mwb-chart svg .line").count() >= 5
+        expect(page.locator(".Toastify__toast")).to_have_count(0)
+        outside = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+        assert outside == []
+        page.context.close()
 
 
 def test_tiles_turn_while_the_page_is_open(
