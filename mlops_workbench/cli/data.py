@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .data_quality import infer_schema, review
 from mlops_workbench.cli.options import (
     json_option,
     print_json,
@@ -40,6 +41,10 @@ def data() -> None:
 
     Example: mwb data diff flights@v1.0 flights@v1.1
     """
+
+
+data.add_command(infer_schema)
+data.add_command(review)
 
 # %% ../../nbs/cli/09_data.ipynb #18918470
 def _open(workspace: Path | None) -> DataStore:

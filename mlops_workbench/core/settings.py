@@ -49,6 +49,8 @@ class DataSettings(SettingsSection):
     remote: str = ""
     maximum_suspicious_share: float = Field(default=0.10, ge=0, le=1)
     maximum_missing_share_change: float = Field(default=0.05, ge=0, le=1)
+    maximum_quarantine_share: float = Field(default=0.10, ge=0, le=1)
+    quarantine_probability: float = Field(default=0.90, gt=0.5, le=1)
     label_check: bool = True
 
 # %% ../../nbs/core/03_settings.ipynb #ddc5a31c

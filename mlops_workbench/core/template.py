@@ -28,6 +28,8 @@ ledger =                              ; address of a PostgreSQL ledger; empty: S
 remote =                              ; where data versions are pushed (folder, s3://, ssh://); empty: the state folder
 maximum_suspicious_share = 0.10       ; a batch with a larger share of suspicious labels is refused
 maximum_missing_share_change = 0.05   ; a column may miss so much more or less than in the version before
+maximum_quarantine_share = 0.10       ; so many bad rows of a batch may be held back for review; with more it is refused
+quarantine_probability = 0.90         ; a row whose label is wrong with this probability is held back
 label_check = yes                     ; look for suspicious labels before a version is made
 
 [experiment]

@@ -28,6 +28,7 @@ class NoiseEstimate:
     wrong: Floats  # [n], the probability that each given label is wrong
     shift: Floats  # [classes], of the log-odds; the last is 0
     noise: Floats  # [classes], the epsilons
+    class_errors: Floats  # [classes], standard errors of each class's part of the share
 
 # %% ../../nbs/data/06_label_noise.ipynb #38b05482
 def temperature(
@@ -98,8 +99,8 @@ def estimate_noise(
     vector = np.asarray(min(fits, key=lambda found: float(found.fun)).x, dtype=np.float64)
     shift, _, noise = _unpack(vector, classes)
     wrong = _wrong(vector, logits, labels)
-    error = _standard_error(vector, logits, labels, spread)
-    return NoiseEstimate(float(wrong.mean()), error, wrong, shift, noise)
+    error, *parts = _standard_errors(vector, logits, labels, spread)
+    return NoiseEstimate(float(wrong.mean()), error, wrong, shift, noise, np.array(parts))
 
 # %% ../../nbs/data/06_label_noise.ipynb #602a6eb7
 def _wrong(vector: Floats, logits: Floats, labels: Labels) -> Floats:
@@ -108,9 +109,9 @@ def _wrong(vector: Floats, logits: Floats, labels: Labels) -> Floats:
     own = softmax(logits + shift, axis=1)[np.arange(len(labels)), labels]
     return np.asarray(noise[labels] * (1 - own) / (honest * own + noise[labels]))
 
-# %% ../../nbs/data/06_label_noise.ipynb #8456ce8e
-def _standard_error(vector: Floats, logits: Floats, labels: Labels, spread: float) -> float:
-    """The standard error of the share by the delta method, with the rows' scores as information."""
+# %% ../../nbs/data/06_label_noise.ipynb #744ab709
+def _standard_errors(vector: Floats, logits: Floats, labels: Labels, spread: float) -> list[float]:
+    """Standard errors of the share and of each class's part in it: delta method, rows' scores as information."""
     rows, classes = np.arange(len(labels)), logits.shape[1]
 
     def log_fit(at: Floats) -> Floats:
@@ -118,16 +119,18 @@ def _standard_error(vector: Floats, logits: Floats, labels: Labels, spread: floa
         own = softmax(logits + shift, axis=1)[rows, labels]
         return np.asarray(np.log(np.maximum(honest * own + noise[labels], 1e-12)))
 
-    def share(at: Floats) -> float:
+    def shares(at: Floats) -> Floats:
         shift, _, noise = _unpack(at, classes)
-        return float((noise * (1 - softmax(logits + shift, axis=1).mean(axis=0))).sum())
+        parts = noise * (1 - softmax(logits + shift, axis=1).mean(axis=0))
+        return np.append(parts.sum(), parts)
 
     steps = 1e-4 * np.eye(len(vector))
     scores = np.stack([(log_fit(vector + s) - log_fit(vector - s)) / 2e-4 for s in steps], axis=1)
     precision = np.append(np.full(classes - 1, spread**-2), np.full(classes, PRIOR[1] ** -2))
     information = scores.T @ scores + np.diag(precision)
-    slope = np.array([(share(vector + s) - share(vector - s)) / 2e-4 for s in steps])
-    return float(np.sqrt(max(float(slope @ np.linalg.solve(information, slope)), 0.0)))
+    slopes = np.stack([(shares(vector + s) - shares(vector - s)) / 2e-4 for s in steps])
+    variances = (slopes * np.linalg.solve(information, slopes)).sum(axis=0)
+    return [float(value) for value in np.sqrt(np.maximum(variances, 0.0))]
 
 # %% ../../nbs/data/06_label_noise.ipynb #7af679f0
 def estimate_shift(

@@ -21,6 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 from sklearn.ensemble import ExtraTreesClassifier, HistGradientBoostingClassifier
+from threadpoolctl import threadpool_limits
 
 from ..core.errors import DataError
 from mlops_workbench.data.label_noise import (
@@ -111,13 +112,15 @@ def fit_judge(
             early_stopping=False,
             random_state=seed,
         )
-    model.fit(features, labels)
+    with threadpool_limits(1, user_api="openmp"):
+        model.fit(features, labels)
     seen = np.asarray(model.classes_)
 
     def judge(rows: Floats) -> Floats:
         found = np.full((len(rows), classes), 1e-4)
         given = np.nan_to_num(rows) if rows.shape[1] > WIDE else rows
-        found[:, seen] = np.clip(model.predict_proba(given), 1e-4, 1.0)
+        with threadpool_limits(1, user_api="openmp"):
+            found[:, seen] = np.clip(model.predict_proba(given), 1e-4, 1.0)
         return np.asarray(np.log(found / found.sum(axis=1, keepdims=True)))
 
     return judge
@@ -155,6 +158,7 @@ class LabelReport:
     interval: tuple[float, float]  # of that number, 95 %
     judged: int  # rows
     reference: int  # accepted rows that the judge was fitted on; 0: out of fold
+    classes: pd.DataFrame  # label, rows, wrong (estimated number), low, high (95 %), flagged
 
     @property
     def report(self) -> "LabelReport":
@@ -166,9 +170,21 @@ class LabelReport:
         """The share of the flagged rows that are expected to be really wrong."""
         return float(self.rows["wrong"].iloc[: len(self.flagged)].mean()) if self.flagged else 0.0
 
+    def text(self) -> str:
+        """What is known about wrong labels, and how surely, in one sentence."""
+        low, high = (round(bound) for bound in self.interval)
+        found = f"about {self.estimated_wrong:.0f} of {self.judged:,} labels look wrong (95 %: {low:,} to {high:,})"
+        if not self.flagged:
+            return found + "; no single row is more likely wrong than right"
+        named = f"{len(self.flagged):,} rows are named, of which {self.promised:.0%} are expected to be really wrong"
+        doubt = "; it may be none: look at the rows before you believe it" if low == 0 else ""
+        return f"{found}; {named}{doubt}"
+
     def summary(self) -> dict[str, Any]:
         """The figures without the rows."""
         return {
+            "text": self.text(),
+            "classes": self.classes.round(1).to_dict("records"),
             "judged": self.judged,
             "estimated_wrong": round(self.estimated_wrong, 1),
             "interval": [round(bound, 1) for bound in self.interval],
@@ -186,7 +202,7 @@ def _report(
     estimate: NoiseEstimate,
     error: float,  # standard error of the share
     reference: int,
-    usual: float = 0.0,  # the share that honest rows seem to have wrong
+    usual: Floats | None = None,  # [classes], the shares that honest rows seem to have wrong
 ) -> LabelReport:
     """The ranked rows and the figures."""
     probabilities = np.exp(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
@@ -206,10 +222,35 @@ def _report(
         float((estimate.wrong * (1 - estimate.wrong)).sum() + (error * len(labels)) ** 2) ** 0.5
     )
     count = float(estimate.share * len(labels))
-    reach = (count - usual * len(labels) - 1.96 * spread, count + 1.96 * spread)
+    expected = (np.zeros(len(names)) if usual is None else usual) * len(labels)
+    reach = (count - float(expected.sum()) - 1.96 * spread, count + 1.96 * spread)
     low, high = (float(np.clip(bound, 0, len(labels))) for bound in reach)
     flagged = tuple(rows["key"][rows["wrong"] > 0.5].tolist())
-    return LabelReport(rows, scores, flagged, count, (low, high), len(labels), reference)
+    classes = _by_class(names, labels, estimate, error, expected)
+    return LabelReport(rows, scores, flagged, count, (low, high), len(labels), reference, classes)
+
+# %% ../../nbs/data/07_labels.ipynb #6d51615f
+def _by_class(
+    names: Sequence[str],
+    labels: Labels,
+    estimate: NoiseEstimate,
+    error: float,  # standard error of the share over all classes
+    expected: Floats,  # [classes], rows that would look wrong in an honest batch
+) -> pd.DataFrame:
+    """Estimated number of wrong labels of each given class with its 95 % interval, most first."""
+    found = []
+    for place, name in enumerate(names):
+        wrong = estimate.wrong[labels == place]
+        common = error * len(wrong)  # what moves all classes alike: each takes its part of it
+        own = estimate.class_errors[place] * len(labels)
+        spread = float((wrong * (1 - wrong)).sum() + own**2 + common**2) ** 0.5
+        count = float(wrong.sum())
+        low = max(0.0, count - expected[place] - 1.96 * spread)
+        high = min(float(len(wrong)), count + 1.96 * spread)
+        found.append((name, len(wrong), count, low, high, int((wrong > 0.5).sum())))
+    columns = ["label", "rows", "wrong", "low", "high", "flagged"]
+    frame = pd.DataFrame(found, columns=columns)
+    return frame.sort_values("wrong", ascending=False, kind="stable", ignore_index=True)
 
 # %% ../../nbs/data/07_labels.ipynb #dbfd3394
 def _label_numbers(*labels: pd.Series) -> tuple[list[str], list[Labels]]:
@@ -347,15 +388,20 @@ def check_labels(
     factor = temperature(logits, old)
     shifts = np.array([estimate_shift(factor * logits[fold], old[fold]) for fold in folds])
     spread = max(SHIFT_SPREAD, 2 * float(np.sqrt(np.mean(shifts[:, :-1] ** 2))))
-    honest = np.array(
-        [estimate_noise(factor * logits[fold], old[fold], spread).share for fold in folds]
-    )
+    parts = np.array([_noise_by_class(factor * logits[fold], old[fold], spread) for fold in folds])
+    honest = parts.sum(axis=1)
     judged = factor * fit_judge(known, old, categories, len(names), seed)(batch)
     estimate = estimate_noise(judged, new, spread)
     limit, error = _prediction_limit(honest, estimate.standard_error)
     usual, keys = float(honest.mean()), frame.loc[_has_label(frame[label]), key]
-    report = _report(keys, names, judged, new, estimate, error, len(old), usual)
+    report = _report(keys, names, judged, new, estimate, error, len(old), parts.mean(axis=0))
     return LabelCheck(report, estimate.share, usual, limit, allowed, len(folds))
+
+# %% ../../nbs/data/07_labels.ipynb #9630b7c7
+def _noise_by_class(logits: Floats, labels: Labels, spread: float) -> Floats:
+    """The estimated share of wrong labels in a block, split by given class [classes]."""
+    wrong, classes = estimate_noise(logits, labels, spread).wrong, logits.shape[1]
+    return np.bincount(labels, weights=wrong, minlength=classes) / len(labels)
 
 # %% ../../nbs/data/07_labels.ipynb #8658bcff
 def _has_label(labels: pd.Series) -> NDArray[np.bool_]:

@@ -8,17 +8,18 @@ from __future__ import annotations
 import html
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from numpy.typing import NDArray
-from scipy import stats
-
 from ..core.errors import DataError, DataRefusedError, shorten
 from ..core.settings import DataSettings, Settings
+from .columns import check_against, check_keys, check_schema, usual_change
+from .consistency import check_consistency
+from .distribution import DistributionReport, compare_distributions
+from .findings import EXAMPLES, Problem, row_problem
 
 if TYPE_CHECKING:
     import pandera.pandas as pandera
@@ -26,45 +27,28 @@ if TYPE_CHECKING:
     from mlops_workbench.data.labels import LabelCheck, LabelReport
 
 # %% auto #0
-__all__ = ['EXAMPLES', 'RANGE_SHARE', 'UNKNOWN_SHARE', 'CERTAIN', 'LABEL_SHARE', 'FEW', 'Problem', 'ValidationReport',
-           'report_html', 'BatchRefusedError', 'refuse', 'check_schema', 'usual_change', 'check_missing', 'check_range',
-           'check_categories', 'check_against', 'check_keys', 'check_label_shares', 'check_batch_labels',
-           'validate_batch']
-
-# %% ../../nbs/data/08_validation.ipynb #8d7c684a
-EXAMPLES = 10  # keys named with a finding
+__all__ = ['LABEL_SHARE', 'ValidationReport', 'report_html', 'BatchRefusedError', 'refuse', 'check_label_shares',
+           'check_batch_labels', 'separate_rows', 'validate_batch']
 
 # %% ../../nbs/data/08_validation.ipynb #f2639f54
-@dataclass(frozen=True)
-class Problem:
-    """One finding about a batch."""
-
-    column: str
-    rule: str  # what was expected
-    count: int  # rows
-    examples: tuple[str, ...]  # keys, the most telling first
-    text: str  # what was found
-    severity: Literal["refuse", "remark"] = "refuse"
-
-    def line(self) -> str:
-        """The finding in one line."""
-        keys = ", ".join(shorten(key, 40) for key in self.examples[:3])
-        return (
-            f"{self.column}: {self.text} (expected: {self.rule}){'; rows ' + keys if keys else ''}"
-        )
-
-# %% ../../nbs/data/08_validation.ipynb #3fc3984e
 @dataclass(frozen=True)
 class ValidationReport:
     """The verdict on a batch, with everything it rests on."""
 
-    verdict: Literal["accept", "refuse"]
+    verdict: Literal["accept", "quarantine", "refuse"]
     problems: tuple[Problem, ...]
     rows: int  # of the batch
     previous_rows: int  # that it was compared with
     labels: LabelCheck | LabelReport | None = None
     notes: tuple[str, ...] = ()  # what could not be checked, and why
     suspicious: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)  # rows, worst first
+    distributions: DistributionReport | None = field(default=None, repr=False)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The places of the rows that belong into quarantine, in order."""
+        found = [p.rows for p in self.problems if p.severity == "quarantine"]
+        return tuple(sorted({place for rows in found for place in rows}))
 
     @property
     def refused(self) -> tuple[Problem, ...]:
@@ -73,14 +57,12 @@ class ValidationReport:
 
     def summary(self) -> dict[str, Any]:
         """Everything but the ranked rows, as JSON can hold it."""
-        problems = [
-            {**vars(problem), "examples": list(problem.examples)} for problem in self.problems
-        ]
         return {
             "verdict": self.verdict,
             "rows": self.rows,
+            "held": len(self.held),
             "previous_rows": self.previous_rows,
-            "problems": problems,
+            "problems": [problem.summary() for problem in self.problems],
             "labels": self.labels.summary() if self.labels is not None else {},
             "notes": list(self.notes),
         }
@@ -104,7 +86,10 @@ def report_html(report: ValidationReport) -> str:
     )
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in report.notes)
     ranked = report.suspicious.head(10).to_html(index=False) if len(report.suspicious) else ""
-    title = f"<h4>{report.verdict}: {report.rows:,} rows</h4>"
+    held = f", {len(report.held):,} of them held back" if report.held else ""
+    title = f"<h4>{report.verdict}: {report.rows:,} rows{held}</h4>"
+    told = html.escape(report.labels.report.text()) if report.labels is not None else ""
+    title += f"<p>{told}</p>" if told else ""
     return title + (f"<table><tr>{head}</tr>{rows}</table>" if rows else "") + notes + ranked
 
 # %% ../../nbs/data/08_validation.ipynb #89e2226e
@@ -126,181 +111,8 @@ def refuse(name: str, report: ValidationReport) -> BatchRefusedError:
         report,
     )
 
-# %% ../../nbs/data/08_validation.ipynb #bd91393a
-def check_schema(frame: pd.DataFrame, schema: pandera.DataFrameSchema, key: str) -> list[Problem]:
-    """The findings of a pandera schema, one for each column and rule."""
-    import pandera.errors
-
-    try:
-        schema.validate(frame, lazy=True)
-    except pandera.errors.SchemaErrors as error:
-        failures = error.failure_cases
-    else:
-        return []
-    problems = []
-    for (column, check), cases in failures.groupby(["column", "check"], sort=False, dropna=False):
-        places = sorted(int(place) for place in cases["index"].dropna().unique())
-        if check == "column_in_dataframe":
-            name, text, count = (
-                str(cases["failure_case"].iloc[0]),
-                "the column is missing",
-                len(frame),
-            )
-        else:
-            name = str(column) if column is not None and column == column else "table"
-            found = shorten(cases["failure_case"].iloc[0], 40)
-            text, count = (
-                f"{len(places) or len(cases):,} rows with others, first {found}",
-                len(places) or len(cases),
-            )
-        keys = [str(frame[key].iloc[place]) for place in places[:EXAMPLES]] if key in frame else []
-        problems.append(Problem(name, str(check), count, tuple(keys), text))
-    return problems
-
-# %% ../../nbs/data/08_validation.ipynb #d517a096
-RANGE_SHARE = 0.01  # of the rows that may lie far outside the range seen before
-UNKNOWN_SHARE = 0.20  # of the rows that may have a category never seen before
-CERTAIN = 4.0  # standard errors beyond which chance alone explains nothing
+# %% ../../nbs/data/08_validation.ipynb #3ee14f29
 LABEL_SHARE = 0.25  # by which the share of a class may change
-FEW = 200  # accepted rows that are too few to know the range or the categories
-
-# %% ../../nbs/data/08_validation.ipynb #140c4b25
-def usual_change(
-    flags: NDArray[np.bool_],  # of the accepted rows in their stored order
-    rows: int,  # of the batch
-) -> float:
-    """How far the share of True in one more batch may lie from the share in all accepted rows."""
-    blocks = np.array_split(flags, int(np.clip(len(flags) // max(rows, 300), 4, 8)))
-    shares = [float(block.mean()) for block in blocks if len(block)]
-    typical = (float(flags.sum()) + 0.5) / (len(flags) + 1)
-    chance = (typical * (1 - typical) / rows) ** 0.5
-    observed = float(np.std(shares, ddof=1)) if len(shares) > 1 else 0.0
-    reach = max(float(stats.t.ppf(0.999, max(len(shares) - 1, 1))) * observed, CERTAIN * chance)
-    return float(reach * (1 + 1 / len(shares)) ** 0.5)
-
-# %% ../../nbs/data/08_validation.ipynb #1379fd4f
-def check_missing(
-    frame: pd.DataFrame, previous: pd.DataFrame, column: str, key: str, allowed: float
-) -> list[Problem]:
-    """A finding when the share of missing values changed by more than allowed and more than usual."""
-    absent = frame[column].isna()
-    before, after = float(previous[column].isna().mean()), float(absent.mean())
-    change = abs(after - before)
-    if change <= allowed or change <= usual_change(previous[column].isna().to_numpy(), len(frame)):
-        return []
-    severity: Literal["refuse", "remark"] = "refuse" if after > before else "remark"
-    text = f"{after:.1%} of the values are missing, {before:.1%} in the version before"
-    rule = f"a share of missing values within {allowed:.0%} of the one before"
-    return [Problem(column, rule, int(absent.sum()), _keys(frame, absent, key), text, severity)]
-
-# %% ../../nbs/data/08_validation.ipynb #1180462b
-def _keys(frame: pd.DataFrame, mask: pd.Series, key: str) -> tuple[str, ...]:
-    """The first keys of the rows in question."""
-    return tuple(str(each) for each in frame.loc[mask, key].head(EXAMPLES))
-
-# %% ../../nbs/data/08_validation.ipynb #8d6cd3ed
-def check_range(
-    frame: pd.DataFrame, previous: pd.DataFrame, column: str, key: str
-) -> list[Problem]:
-    """A finding when numbers lie further outside the range seen before than that range is wide."""
-    known = previous[column].dropna().astype(float)
-    if not len(known) or known.max() == known.min():
-        return []
-    width = known.max() - known.min()
-    low, high = known.min() - width, known.max() + width
-    values = frame[column].astype(float)
-    outside = (values < low) | (values > high)
-    if not outside.any():
-        return []
-    large = outside.mean() > RANGE_SHARE and len(previous) >= FEW
-    severity: Literal["refuse", "remark"] = "refuse" if large else "remark"
-    text = f"{int(outside.sum()):,} values far outside, first {values[outside].iloc[0]:g}"
-    rule = f"values from {low:g} to {high:g}, the range before widened by its width on both sides"
-    return [Problem(column, rule, int(outside.sum()), _keys(frame, outside, key), text, severity)]
-
-# %% ../../nbs/data/08_validation.ipynb #91344895
-def check_categories(
-    frame: pd.DataFrame, previous: pd.DataFrame, column: str, key: str
-) -> list[Problem]:
-    """A finding when text values were never seen before."""
-    known = set(previous[column].dropna().astype(str))
-    if len(known) > 0.5 * len(previous):
-        return []  # names of single rows
-    unknown = frame[column].notna() & ~frame[column].astype(str).isin(known)
-    if not unknown.any():
-        return []
-    large = unknown.mean() > UNKNOWN_SHARE and len(previous) >= FEW
-    severity: Literal["refuse", "remark"] = "refuse" if large else "remark"
-    text = f"{int(unknown.sum()):,} rows with new values, first {shorten(frame.loc[unknown, column].iloc[0], 40)}"
-    rule = (
-        f"at most {UNKNOWN_SHARE:.0%} of the rows with values that the version before does not have"
-    )
-    return [Problem(column, rule, int(unknown.sum()), _keys(frame, unknown, key), text, severity)]
-
-# %% ../../nbs/data/08_validation.ipynb #56e3d2af
-def _kind(cells: pd.Series) -> str:
-    """What a column holds: "numbers", "moments", "arrays" or "text"."""
-    if pd.api.types.is_datetime64_any_dtype(cells.dtype):
-        return "moments"
-    if pd.api.types.is_numeric_dtype(cells.dtype):
-        return "numbers"
-    return "arrays" if cells.map(lambda cell: isinstance(cell, np.ndarray)).any() else "text"
-
-# %% ../../nbs/data/08_validation.ipynb #9d449ef3
-def check_against(
-    frame: pd.DataFrame,
-    previous: pd.DataFrame,
-    key: str,
-    allowed_missing: float,
-    skip: Sequence[str] = (),  # columns that move by themselves, such as the time
-) -> list[Problem]:
-    """The findings about every column of the version before."""
-    problems = []
-    for column in previous.columns:
-        if column == key:
-            continue
-        if column not in frame:
-            rule = "all columns of the version before"
-            problems.append(Problem(column, rule, len(frame), (), "the column is missing"))
-            continue
-        problems += check_missing(frame, previous, column, key, allowed_missing)
-        if not frame[column].notna().any() or not previous[column].notna().any():
-            continue
-        kinds = _kind(previous[column]), _kind(frame[column])
-        if kinds[0] != kinds[1]:
-            text = f"{kinds[1]}, first {shorten(frame[column].dropna().iloc[0], 40)}"
-            problems.append(
-                Problem(
-                    column, kinds[0], len(frame), _keys(frame, frame[column].notna(), key), text
-                )
-            )
-        elif kinds[0] == "numbers" and column not in skip:
-            problems += check_range(frame, previous, column, key)
-        elif kinds[0] == "text" and column not in skip:
-            problems += check_categories(frame, previous, column, key)
-    return problems
-
-# %% ../../nbs/data/08_validation.ipynb #ee73c34a
-def check_keys(frame: pd.DataFrame, key: str) -> list[Problem]:
-    """Findings about missing and doubled keys, and a missing key column."""
-    if key not in frame:
-        return [Problem(key, "a key column", len(frame), (), "the column is missing")]
-    problems = []
-    missing = frame[key].isna()
-    if missing.any():
-        problems.append(
-            Problem(
-                key, "a key in every row", int(missing.sum()), (), f"{missing.sum():,} rows without"
-            )
-        )
-    doubled = frame[key].notna() & frame[key].duplicated(keep=False)
-    if doubled.any():
-        examples = tuple(
-            str(each) for each in frame.loc[doubled, key].drop_duplicates().head(EXAMPLES)
-        )
-        text = f"{int(doubled.sum()):,} rows share a key"
-        problems.append(Problem(key, "each key once", int(doubled.sum()), examples, text))
-    return problems
 
 # %% ../../nbs/data/08_validation.ipynb #e677b342
 def check_label_shares(
@@ -318,7 +130,8 @@ def check_label_shares(
             text = f"{after:.0%} of the labels are {shorten(name, 40)}, {before:.0%} in the version before"
             rule = f"class shares within {LABEL_SHARE:.0%} of those before"
             rows = frame[label] == name
-            return [Problem(label, rule, int(rows.sum()), _keys(frame, rows, key), text)]
+            found = row_problem(frame, rows, key=key, column=label, rule=rule, text=text)
+            return [replace(found, rows=())]  # which of them is wrong cannot be told
     return []
 
 # %% ../../nbs/data/08_validation.ipynb #d9b1fe88
@@ -365,6 +178,74 @@ def _label_problem(check: LabelCheck, label: str) -> Problem:
     keys = tuple(str(each) for each in check.report.rows["key"].head(EXAMPLES))
     return Problem(label, rule, round(check.report.estimated_wrong), keys, check.text())
 
+# %% ../../nbs/data/08_validation.ipynb #af7be61d
+def separate_rows(problems: Sequence[Problem], rows: int, most: float) -> list[Problem]:
+    """The findings as quarantine where all that refuse name rows, at most this share; else as they are."""
+    refusing = [problem for problem in problems if problem.severity == "refuse"]
+    places = {place for problem in refusing for place in problem.rows}
+    if not all(problem.rows for problem in refusing) or len(places) > most * rows:
+        return list(problems)
+    return [replace(p, severity="quarantine") if p in refusing else p for p in problems]
+
+# %% ../../nbs/data/08_validation.ipynb #aaa44fb8
+def _check_columns(
+    frame: pd.DataFrame,
+    previous: pd.DataFrame | None,
+    schema: pandera.DataFrameSchema | None,
+    names: Mapping[str, str],  # key and label
+    limits: DataSettings,
+    skip: Sequence[str],
+) -> list[Problem]:
+    """The findings about keys, schema and columns, each said once."""
+    key = names["key"]
+    problems = check_keys(frame, key)
+    if schema is not None:
+        known = {problem.column for problem in problems}
+        problems += [
+            p for p in check_schema(frame, schema, key) if p.column != key or key not in known
+        ]
+    if previous is None or key not in frame:
+        return problems
+    missing = {problem.column for problem in problems if problem.text == "the column is missing"}
+    found = check_against(frame, previous, key, limits.maximum_missing_share_change, skip)
+    problems += [problem for problem in found if problem.column not in missing]
+    whole = {problem.column for problem in problems if problem.severity == "refuse"}
+    more = check_consistency(frame, previous, skip=skip, **names)
+    return problems + [problem for problem in more if problem.column not in whole]
+
+# %% ../../nbs/data/08_validation.ipynb #22cc6dfb
+def _sure_labels(
+    frame: pd.DataFrame, labels: LabelCheck | LabelReport, key: str, label: str, sure: float
+) -> list[Problem]:
+    """A finding about the rows whose label is wrong with at least this probability."""
+    ranked = labels.report.rows
+    keys = set(ranked["key"][ranked["wrong"] >= sure])
+    if not keys:
+        return []
+    text = f"{len(keys):,} labels are wrong with a probability of {sure:.0%} or more"
+    rule = "labels that follow the other columns as those of the accepted rows do"
+    return [row_problem(frame, frame[key].isin(keys), key=key, column=label, rule=rule, text=text)]
+
+# %% ../../nbs/data/08_validation.ipynb #e1fb2a2d
+def _moved(
+    frame: pd.DataFrame, previous: pd.DataFrame, key: str, label: str, skip: Sequence[str]
+) -> tuple[DistributionReport, list[Problem]]:
+    """How the columns lie beside those before, and a remark for each that moved."""
+    found = compare_distributions(frame, previous, label=label, skip=(key, *skip))
+    rule = "a distribution like that of the version before"
+    remarks = [
+        Problem(
+            part.column,
+            rule,
+            len(frame),
+            (),
+            f"{part.direction or part.measure}; effect {part.effect:.2f}, chance stays below {part.threshold:.2f}",
+            "remark",
+        )
+        for part in found.moved
+    ]
+    return found, remarks
+
 # %% ../../nbs/data/08_validation.ipynb #a66eb4e1
 def validate_batch(
     frame: pd.DataFrame,  # the new rows alone
@@ -377,41 +258,65 @@ def validate_batch(
     features: Sequence[str] | None = None,  # what the model sees; default: every other column
     skip: Sequence[str] = (),  # columns whose range moves by itself, such as the time
     seed: int = 0,
+    separate: bool = False,  # True: the caller stores only the rows that are not `held`
 ) -> ValidationReport:
     """Judge a batch before it becomes part of a data version; nothing is raised for a bad one."""
     limits = settings.data if isinstance(settings, Settings) else settings
-    frame = frame.reset_index(drop=True)
-    problems = check_keys(frame, key)
-    if schema is not None:
-        known = {problem.column for problem in problems}
-        problems += [
-            p for p in check_schema(frame, schema, key) if p.column != key or key not in known
-        ]
-    if previous is not None and key in frame:
-        missing = {
-            problem.column for problem in problems if problem.text == "the column is missing"
-        }
-        found = check_against(frame, previous, key, limits.maximum_missing_share_change, skip)
-        problems += [problem for problem in found if problem.column not in missing]
-    labels, notes = None, list[str]()
+    frame, names = frame.reset_index(drop=True), {"key": key, "label": label}
+    problems = _check_columns(frame, previous, schema, names, limits, skip)
+    if separate:
+        problems = separate_rows(problems, len(frame), limits.maximum_quarantine_share)
+    held = {place for p in problems if p.severity == "quarantine" for place in p.rows}
+    rest = frame.drop(index=sorted(held)).reset_index(drop=True)
+    labels, notes, found = None, list[str](), None
     if not limits.label_check:
         notes.append("the labels were not checked: data.label_check is off")
     elif any(problem.severity == "refuse" for problem in problems):
         notes.append("the labels were not checked: the columns must be right first")
     elif label in frame:
         allowed = limits.maximum_suspicious_share
-        names: Mapping[str, Any] = {"key": key, "label": label, "features": features, "seed": seed}
-        labels, more, notes = check_batch_labels(frame, previous, allowed=allowed, **names)
+        more: Mapping[str, Any] = {**names, "features": features, "seed": seed}
+        labels, wrong, notes = check_batch_labels(rest, previous, allowed=allowed, **more)
         if previous is not None and label in previous:
-            problems += check_label_shares(frame, previous, key, label)
-        problems += more
-    refused = any(problem.severity == "refuse" for problem in problems)
+            wrong = check_label_shares(rest, previous, key, label) + wrong
+        if separate and labels is not None and previous is not None and not wrong:
+            wrong = _sure_labels(frame, labels, key, label, limits.quarantine_probability)
+        problems += wrong
+        if separate:
+            problems = separate_rows(problems, len(frame), limits.maximum_quarantine_share)
+    if previous is not None:
+        found, remarks = _moved(rest, previous, key, label, skip)
+        problems += remarks
+    return _verdict(problems, len(frame), previous, labels, notes, found)
+
+# %% ../../nbs/data/08_validation.ipynb #d5612170
+def _verdict(
+    problems: Sequence[Problem],
+    rows: int,
+    previous: pd.DataFrame | None,
+    labels: LabelCheck | LabelReport | None,
+    notes: Sequence[str],
+    distributions: DistributionReport | None,
+) -> ValidationReport:
+    """The report; the hardest finding is the verdict."""
+    severities = {problem.severity for problem in problems}
+    verdict: Literal["accept", "quarantine", "refuse"] = (
+        "refuse"
+        if "refuse" in severities
+        else "quarantine"
+        if "quarantine" in severities
+        else "accept"
+    )
+    suspicious = pd.DataFrame()
+    if labels is not None:
+        suspicious = labels.report.rows[labels.report.rows["wrong"] > 0.5]
     return ValidationReport(
-        "refuse" if refused else "accept",
+        verdict,
         tuple(problems),
-        len(frame),
+        rows,
         0 if previous is None else len(previous),
         labels,
         tuple(notes),
-        pd.DataFrame() if labels is None else labels.report.rows[labels.report.rows["wrong"] > 0.5],
+        suspicious,
+        distributions,
     )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import DataError, shorten
 from ..core.features import Feature, FeatureSchema
+from ..data.permutation import number_scale
 from .quality import measure_quality, reliability_table
 
 # %% ../../nbs/monitoring/04_profile.ipynb #0d6169e8
@@ -111,18 +112,6 @@ def prediction_columns(probabilities: NDArray[np.float64], classes: Sequence[str
 STEPS_PER_SCALE = 1000
 _ABSENT = -32768  # the stored form of a missing number
 
-# %% ../../nbs/monitoring/04_profile.ipynb #b2cb93b2
-def _scale(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The centre and the scale of some numbers without NaN; the scale is above zero."""
-    if len(values) == 0:
-        return 0.0, 1.0
-    centre = float(np.median(values))
-    low, high = np.quantile(values, [0.005, 0.995])
-    for candidate in (np.clip(values, low, high).std(), values.std(), abs(centre) / 10):
-        if np.isfinite(candidate) and candidate > 1e-9 * abs(centre):
-            return centre, float(candidate)
-    return centre, 1.0
-
 # %% ../../nbs/monitoring/04_profile.ipynb #3390e1ca
 def to_steps(values: NDArray[np.float64], centre: float, scale: float) -> NDArray[np.int16]:
     """Numbers on the grid of a profile's column; outliers end at 32 scales."""
@@ -154,7 +143,7 @@ def _short(values: NDArray[np.float64]) -> list[float]:
 def _describe_number(column: Column, chosen: NDArray[np.int64]) -> dict[str, Any]:
     """The profile of one column of numbers."""
     present = column.values[~np.isnan(column.values)]
-    centre, scale = _scale(present)
+    centre, scale = number_scale(present)
     described: dict[str, Any] = {
         "column": column.name,
         "measure": "number",

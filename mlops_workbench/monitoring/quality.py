@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from scipy.stats import norm, rankdata
 
 from ..core.errors import DataError, shorten
+from ..data.permutation import holm_levels
 from mlops_workbench.monitoring.estimates import (
     NOT_ENOUGH_DATA,
     Estimate,
-    holm_levels,
     mean_estimate,
     normal_estimate,
     share_estimate,

@@ -5,12 +5,16 @@
 # %% ../../nbs/pipeline/31_prepare.ipynb #b2ff6e3a
 from __future__ import annotations
 
+import csv
+
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from ..core.errors import DataError, UsageError
 from ..core.workspace import Workspace
+from ..data.quarantine import hold_rows, split_batch
 from ..data.validation import ValidationReport, validate_batch
 from ..monitoring.prediction_store import read_window
 from .outcome import Outcome, decided_by, write_output
@@ -19,8 +23,8 @@ from ..recipes.protocol import Recipe
 from ..release.deployment import data_slot, set_default_data
 
 # %% auto #0
-__all__ = ['read_batch', 'read_file', 'labelled_requests', 'accepted_rows', 'join_batch', 'check_batch', 'words', 'keep_evidence',
-           'snapshot_batch', 'record_refusal']
+__all__ = ['read_batch', 'read_file', 'check_whole', 'labelled_requests', 'accepted_rows', 'join_batch', 'check_batch', 'words',
+           'keep_evidence', 'snapshot_batch', 'hold_back', 'record_refusal']
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #46c80e8f
 def read_batch(stage: Stage) -> pd.DataFrame:
@@ -39,7 +43,31 @@ def read_file(root: Path, name: str) -> pd.DataFrame:
     path = Path(name) if Path(name).is_absolute() else root / name
     if not path.is_file() or path.suffix not in (".parquet", ".csv"):
         raise UsageError(f"expected batch_file to be a .parquet or .csv file, found {str(path)!r}")
-    return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    if path.suffix == ".parquet":
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"expected a whole Parquet file, found {str(path)!r} damaged or cut off ({error}); fetch it again"
+            ) from error
+    check_whole(path)
+    return pd.read_csv(path)
+
+# %% ../../nbs/pipeline/31_prepare.ipynb #bccdd8cf
+def check_whole(path: Path) -> None:
+    """Raise DataError when the last line of a CSV file has fewer cells than the first."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        reader = csv.reader(file)
+        head = next(reader, [])
+        last, lines = head, 1
+        for line in reader:
+            if line:
+                last, lines = line, reader.line_num
+    if len(last) < len(head):
+        raise DataError(
+            f"expected {len(head)} cells in the last line of {str(path)!r}, found {len(last)} in line {lines}: "
+            "the file was cut off; fetch it again"
+        )
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #2b399088
 def labelled_requests(
@@ -88,17 +116,22 @@ def check_batch(
         label=features.label,
         settings=stage.workspace.settings.data,
         features=[feature.name for feature in features.features],
+        separate=True,
     )
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #cd256407
 def words(report: ValidationReport) -> str:
-    """Return what the checks refuse, in one sentence; empty for an accepted batch."""
-    return "; ".join(f"{problem.column}: {problem.text}" for problem in report.refused)
+    """Return what the checks refuse or hold back, in one sentence; empty for an accepted batch."""
+    bad = [problem for problem in report.problems if problem.severity != "remark"]
+    return "; ".join(f"{problem.column}: {problem.text}" for problem in bad)
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #426ac63a
 def keep_evidence(stage: Stage, report: ValidationReport) -> dict[str, Path]:
     """Write the report, and the suspicious rows with the worst first, as outputs of the stage."""
     outputs = {"validation.json": write_output(stage, "validation.json", report.summary())}
+    if report.distributions is not None:
+        shapes = report.distributions.to_json()
+        outputs["distributions.json"] = write_output(stage, "distributions.json", shapes)
     if len(report.suspicious):
         outputs["suspicious.parquet"] = stage.output("suspicious.parquet")
         report.suspicious.to_parquet(outputs["suspicious.parquet"])
@@ -122,12 +155,18 @@ def snapshot_batch(
         return Outcome(
             "refused", f"{len(batch)} rows refused: {words(report)}", {"rows": len(batch)}, evidence
         )
-    features = stage.recipe.features
+    key, held = str(stage.recipe.features.key), ""
+    clean = batch
+    if report.verdict == "quarantine" and not force:
+        clean, held = hold_back(stage, batch, report)
+    elif report.verdict == "quarantine":
+        report = replace(report, verdict="refuse")  # what force overrules stays on record as forced
+        refused = True
     version = stage.data.snapshot(
         stage.recipe.dataset,
-        join_batch(previous, batch, str(features.key)),
-        key=str(features.key),
-        label=features.label,
+        join_batch(previous, clean, key),
+        key=key,
+        label=stage.recipe.features.label,
         message=message,
         force=force,
         validate=lambda *_: report,
@@ -136,15 +175,45 @@ def snapshot_batch(
     stage.data_version = version.ref
     forced = "forced although the checks refuse it" if refused else "accepted"
     set_default_data(
-        stage.workspace, version.ref, reason=f"{len(batch)} rows {forced}", **decided_by(stage)
+        stage.workspace, version.ref, reason=f"{len(clean)} rows {forced}", **decided_by(stage)
     )
-    metrics = {"rows": float(version.rows), "new_rows": float(len(batch))}
-    return Outcome(
-        "forced" if refused else "accepted",
-        f"{version.ref}: {version.rows} rows, {len(batch)} of them new, {forced}",
-        metrics,
-        evidence,
+    metrics = {"rows": float(version.rows), "new_rows": float(len(clean))}
+    metrics["held_rows"] = float(len(batch) - len(clean))
+    said = f"{version.ref}: {version.rows} rows, {len(clean)} of them new, {forced}"
+    verdict = "forced" if refused else "quarantined" if held else "accepted"
+    return Outcome(verdict, f"{said}{held}", metrics, evidence)
+
+# %% ../../nbs/pipeline/31_prepare.ipynb #f4463830
+def hold_back(
+    stage: Stage, batch: pd.DataFrame, report: ValidationReport
+) -> tuple[pd.DataFrame, str]:
+    """Put the bad rows into quarantine with a decision; return the clean rows and what to say of the others."""
+    name, features = stage.recipe.dataset, stage.recipe.features
+    key = str(features.key)
+    clean, held = split_batch(
+        batch, report, key=key, label=features.label, source=f"{stage.cycle}/{stage.folder.name}"
     )
+    version = hold_rows(
+        stage.data, name, held, taken=clean[key].tolist(), key=key, message=words(report)
+    )
+    assert version is not None, "a report with this verdict holds rows"
+    said = f"; {len(held)} rows wait in {version.ref}: see them with `mwb data review {name}`"
+    with stage.ledger.decision(
+        "validation",
+        subject=name,
+        verdict="quarantined",
+        reason=words(report),
+        evidence={**report.summary(), "quarantine": version.ref},
+        **decided_by(stage),
+    ) as change:
+        change.enqueue(
+            f"{len(held)} rows of {name} wait for a review",
+            f"{len(held)} of {len(batch)} rows were held back: {words(report)}. Look at them with "
+            f"`mwb data review {name}`. Evidence: {stage.folder}",
+            severity="warning",
+            key=f"quarantine-{stage.cycle}-{stage.folder.name}",
+        )
+    return clean, said
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #751a1634
 def record_refusal(stage: Stage, report: ValidationReport, rows: int) -> None:
