@@ -30,6 +30,7 @@ from mlops_workbench.core.clock import timestamp
 from mlops_workbench.core.files import sha256_file, write_json
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.data.quarantine import WAITING, hold_rows
 from mlops_workbench.data.versions import DataStore
 from mlops_workbench.experiment.recorder import Recorder
 from mlops_workbench.experiment.tracking import finish_run, ship_journal, start_run
@@ -161,13 +162,7 @@ def make_data(folder: Path, **settings: object) -> Workspace:
     turned = rows[900:1000].assign(label=(rows[900:1000]["label"] + 1) % 10)
     line = pd.concat([more[20:], turned])
     store.snapshot("digits", line, **named, message="another line", parent="digits@v1.1")
-    doubted = rows[1000:1012].assign(
-        reason="the model does not believe the label",
-        likely=rows[1000:1012]["label"],
-        label=(rows[1000:1012]["label"] + 1) % 10,
-        probability=np.linspace(0.001, 0.3, 12),
-    )
-    store.snapshot("digits.quarantine", doubted, **named, message="12 rows of a batch")
+    hold_digits(store, rows[1000:1012])
     make_hours(store)
     ledger = Ledger(workspace.ledger_url)
     for name, ref in (("digits-r1", "digits@v1.0"), ("digits-r2", "digits@v1.2")):
@@ -178,6 +173,17 @@ def make_data(folder: Path, **settings: object) -> Workspace:
     write_diagnosis(workspace)
     assert refresh_once(workspace) == 0
     return workspace
+
+
+def hold_digits(store: DataStore, rows: pd.DataFrame) -> None:
+    """Digits with wrong labels in quarantine."""
+    given = (rows["label"] + 1) % 10
+    marks = {"id": rows["picture_id"], "state": WAITING, "label": given.astype(str)}
+    marks |= {"likely": rows["label"].astype(str), "probability": np.linspace(0.999, 0.7, len(rows))}
+    marks |= {"reason": "label: expected one that the model believes", "batch": "office 3"}
+    marks["at"] = "2026-11-25T02:00:00+00:00"
+    named = {f"quarantine_{name}": value for name, value in marks.items()}
+    hold_rows(store, "digits", rows.assign(label=given, **named), key="picture_id")
 
 
 def make_hours(store: DataStore) -> None:

@@ -17,15 +17,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..data.diff import DataDiff
+from ..data.distribution import compare_distributions
 from ..data.records import DataVersion
 from ..data.versions import DataStore
-from ..monitoring.directions import category_direction, number_direction
 from .read_models import Tables
 
 # %% auto #0
-__all__ = ['MOST_BYTES', 'BEGINNINGS', 'MOST_ROWS', 'MOST_NAMES', 'LEAST_EFFECT', 'SHOWN_PICTURES', 'SHOWN_ROWS', 'pixels',
-           'thumbnail', 'picture_column', 'brightness', 'number_shape', 'category_shape', 'column_shapes', 'cell_text',
-           'sample', 'picture_rows', 'column_rows', 'diff_tables', 'problem_tables']
+__all__ = ['MOST_BYTES', 'BEGINNINGS', 'SHOWN_PICTURES', 'SHOWN_ROWS', 'pixels', 'thumbnail', 'picture_column', 'brightness',
+           'cell_text', 'sample', 'picture_rows', 'column_rows', 'diff_tables', 'problem_tables']
 
 # %% ../../nbs/pages/10_data_views.ipynb #de0b878a
 MOST_BYTES = 65_536
@@ -84,85 +83,6 @@ def brightness(cells: pd.Series) -> float:
     arrays = [cell for cell in cells.iloc[:200] if isinstance(cell, np.ndarray)]
     return float(max((array.max(initial=0) for array in arrays), default=0)) or 255.0
 
-# %% ../../nbs/pages/10_data_views.ipynb #134870d9
-MOST_ROWS, MOST_NAMES, LEAST_EFFECT = 50_000, 200, 0.1
-
-
-def number_shape(
-    before: NDArray[np.float64], after: NDArray[np.float64]
-) -> tuple[float, str, dict[str, list[Any]]]:
-    """Return effect (standard deviations), words and both histograms of numbers; NaN is left out."""
-    sides = [side[np.isfinite(side)] for side in (before, after)]
-    if not len(sides[0]) or not len(sides[1]):
-        return 0.0, "no values to compare", {}
-    spread = math.sqrt((float(sides[0].var()) + float(sides[1].var())) / 2)
-    effect = float(sides[1].mean() - sides[0].mean()) / (spread or 1.0)
-    low, high = np.quantile(np.concatenate(sides), [0.005, 0.995])
-    edges = np.linspace(low, high if high > low else low + 1, 31)
-    heights = [np.histogram(np.clip(s, edges[0], edges[-1]), bins=edges)[0] for s in sides]
-    shares = [(height / height.sum()).round(5).tolist() for height in heights]
-    shape = {"edges": [float(f"{edge:.6g}") for edge in edges], "reference": shares[0]}
-    words = number_direction(*sides, spread or 1.0) if abs(effect) >= LEAST_EFFECT else ""
-    return effect, words, shape | {"window": shares[1]}
-
-# %% ../../nbs/pages/10_data_views.ipynb #0c8be352
-def category_shape(
-    before: pd.Series, after: pd.Series
-) -> tuple[float, str, dict[str, list[Any]]] | None:
-    """Return effect (share of rows), words and the twelve largest shares; None for text that names single rows."""
-    sides = [
-        cells.astype(object).where(cells.notna(), "(missing)").map(str) for cells in (before, after)
-    ]
-    counts = [side.value_counts(normalize=True) for side in sides]
-    names = sorted(set(counts[0].index) | set(counts[1].index))
-    if len(names) > MOST_NAMES or len(names) > 0.5 * (len(before) + len(after)):
-        return None
-    shares = [[round(float(side.get(name, 0.0)), 5) for name in names] for side in counts]
-    effect = sum(abs(a - b) for a, b in zip(*shares, strict=True)) / 2
-    top = sorted(range(len(names)), key=lambda n: -max(shares[0][n], shares[1][n]))[:12]
-    top = sorted(top) if all(name.lstrip("-").isdigit() for name in names) else top
-    shape = {"names": [names[n] for n in top], "reference": [shares[0][n] for n in top]}
-    words = category_direction(*shares, names) if effect >= LEAST_EFFECT else ""
-    return effect, words, shape | {"window": [shares[1][n] for n in top]}
-
-# %% ../../nbs/pages/10_data_views.ipynb #bfe6974c
-def column_shapes(
-    name: str, before: pd.Series, after: pd.Series, is_label: bool
-) -> list[tuple[str, str, float, str, dict[str, list[Any]]]]:
-    """Return title, measure, effect, words and shape of what can be drawn of a column."""
-    numeric = [
-        pd.api.types.is_numeric_dtype(c.dtype) and not pd.api.types.is_bool_dtype(c.dtype)
-        for c in (before, after)
-    ]
-    if all(numeric) and not (is_label and after.nunique() <= MOST_NAMES):
-        values = [
-            c.astype("Float64").to_numpy(np.float64, na_value=np.nan) for c in (before, after)
-        ]
-        return [(name, "standard deviations", *number_shape(values[0], values[1]))]
-    if all(len(c) and pixels(c.iloc[0]) is not None for c in (before, after)):
-        parts = (("brightness", np.mean), ("contrast", np.std))
-        return [
-            (
-                f"{name}: {part}",
-                "standard deviations",
-                *number_shape(
-                    *(
-                        np.array([float(measure(cell)) for cell in c], np.float64)
-                        for c in (before, after)
-                    )
-                ),
-            )
-            for part, measure in parts
-        ]
-    if (
-        any(numeric)
-        and not is_label
-        or any(isinstance(c.iloc[0], np.ndarray | bytes) for c in (before, after) if len(c))
-    ):
-        return []
-    found = category_shape(before, after)
-    return [] if found is None else [(name, "share of rows", *found)]
-
 # %% ../../nbs/pages/10_data_views.ipynb #a28d1685
 SHOWN_PICTURES, SHOWN_ROWS = 24, 10
 
@@ -220,29 +140,28 @@ def _spread(count: int) -> list[int]:
 # %% ../../nbs/pages/10_data_views.ipynb #337f1c7c
 def column_rows(
     difference: DataDiff, before: pd.DataFrame, after: pd.DataFrame, key: str, label: str
-) -> list[tuple[str, int, str, float, str, str]]:
-    """Return column, rows changed, measure, effect, words and shape (JSON) of each column, largest effect first."""
+) -> list[tuple[str, int, str, float, int, str, str]]:
+    """Return column, rows changed, measure, effect, moved, words and shape (JSON); what is new or gone first, then the largest effect."""
     changed = {**difference.by_column, label: len(difference.relabelled)}
     notes = {name: "new column" for name in difference.columns_added}
     notes |= {name: "column is gone" for name in difference.columns_removed}
     notes |= {name: f"type {old} \u2192 {new}" for name, old, new in difference.retyped}
-    found: list[tuple[str, int, str, float, str, str]] = [
-        (name, changed.get(name, 0), "", 0.0, words, "") for name, words in notes.items()
+    report = compare_distributions(after, before, label=label, skip=[key])
+    found = [
+        (
+            c.column,
+            changed.pop(c.column, 0),
+            c.measure,
+            c.effect,
+            int(c.moved),
+            c.direction,
+            json.dumps(c.shape),
+        )
+        for c in sorted(report.columns, key=lambda c: (not c.moved, -c.effect))
     ]
-    sides = [
-        f.iloc[np.sort(np.random.default_rng(0).permutation(len(f))[:MOST_ROWS])]
-        for f in (before, after)
-    ]
-    for name in after.columns:
-        if name == key or name in notes or name not in before.columns:
-            continue
-        shapes = column_shapes(str(name), sides[0][name], sides[1][name], name == label)
-        if not shapes and changed.get(str(name)):
-            found.append((str(name), changed[str(name)], "", 0.0, "", ""))
-        for number, (title, measure, effect, words, shape) in enumerate(shapes):
-            rows = changed.get(str(name), 0) if number == 0 else 0
-            found.append((title, rows, measure, effect, words, json.dumps(shape) if shape else ""))
-    return sorted(found, key=lambda row: (row[2] != "", -abs(row[3]), -row[1]))
+    noted = [(name, changed.pop(name, 0), "", 0.0, 0, words, "") for name, words in notes.items()]
+    rest = [(name, count, "", 0.0, 0, "", "") for name, count in changed.items() if count]
+    return [*noted, *found, *rest]
 
 # %% ../../nbs/pages/10_data_views.ipynb #281b52de
 def diff_tables(store: DataStore, before: DataVersion, after: DataVersion) -> Tables:
@@ -266,7 +185,7 @@ def diff_tables(store: DataStore, before: DataVersion, after: DataVersion) -> Ta
     return {
         "summary": (("content",), [(json.dumps(summary, default=str),)]),
         "columns": (
-            ("name", "changed", "measure", "effect", "words", "shape"),
+            ("name", "changed", "measure", "effect", "moved", "words", "shape"),
             column_rows(difference, *frames, key, label),
         ),
         "pictures": (("kind", "key", "caption", "address"), pictures),

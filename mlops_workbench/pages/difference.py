@@ -12,9 +12,8 @@ from typing import Any
 from .look import Markup, escape, short, table_html
 
 # %% auto #0
-__all__ = ['Row', 'KINDS', 'MOVED', 'TITLES', 'counts_html', 'flows_html', 'steps_path', 'histogram_svg', 'bars_html',
-           'effect_text', 'column_chart', 'columns_html', 'picture_html', 'galleries_html', 'samples_html',
-           'difference_html']
+__all__ = ['Row', 'KINDS', 'TITLES', 'counts_html', 'flows_html', 'steps_path', 'histogram_svg', 'bars_html', 'effect_text',
+           'column_chart', 'columns_html', 'picture_html', 'galleries_html', 'samples_html', 'difference_html']
 
 # %% ../../nbs/pages/14_difference.ipynb #8e80a7cc
 Row = Mapping[str, Any]
@@ -81,26 +80,27 @@ def bars_html(shape: Mapping[str, Any]) -> str:
     )
     return f'<ul class="mwb-bars">{rows}</ul>'
 
-# %% ../../nbs/pages/14_difference.ipynb #d6f8dadd
-MOVED = 0.1  # effects below are told as "as before"
-
-
+# %% ../../nbs/pages/14_difference.ipynb #df6fc084
 def effect_text(column: Row) -> str:
     """Return the effect in its unit."""
-    if column["measure"] == "share of rows":
-        return f"{column['effect']:.1%} of rows"
-    return f"{column['effect']:+.2f} SD"
+    if column["measure"] == "number":
+        return f"{column['effect']:.2f} SD"
+    return f"{100 * column['effect']:.3g} % of rows"
 
 
 def column_chart(column: Row) -> str:
     """Return one column drawn before and after."""
     shape = json.loads(column["shape"])
     words = column["words"] or "as before"
+    missing = column["measure"] == "missing share"
+    title = f"{column['name']}: missing" if missing else column["name"]
     head = (
-        f"<header><span>{escape(column['name'])}</span><b>{escape(effect_text(column))}</b></header>"
+        f"<header><span>{escape(title)}</span><b>{escape(effect_text(column))}</b></header>"
         f'<p class="words">{escape(words)}</p>'
     )
-    label = f"{column['name']}: {words}, effect {effect_text(column)}"
+    label = f"{title}: {words}, effect {effect_text(column)}"
+    if not shape:
+        return f'<div class="mwb-chart over" role="img" aria-label="{escape(label)}">{head}</div>'
     if "edges" not in shape:
         return f'<div class="mwb-chart over" role="img" aria-label="{escape(label)}">{head}{bars_html(shape)}</div>'
     ends = (short(float(shape["edges"][0])), short(float(shape["edges"][-1])))
@@ -108,10 +108,10 @@ def column_chart(column: Row) -> str:
     return f'<div class="mwb-chart over" role="img" aria-label="{escape(label)}">{head}{histogram_svg(shape)}{foot}</div>'
 
 
-def columns_html(columns: Sequence[Row], before: str, after: str, shown: int = 6) -> str:
-    """Return the columns that moved most, drawn; the others folded away, and below a table of changed cells."""
+def columns_html(columns: Sequence[Row], before: str, after: str, shown: int = 9) -> str:
+    """Return the columns that moved, drawn; the others folded away, and below a table of changed cells."""
     drawn = [column for column in columns if column["shape"]]
-    moved = [column for column in drawn if abs(column["effect"]) >= MOVED][:shown]
+    moved = [column for column in drawn if column["moved"]]
     rest = [column for column in drawn if column not in moved]
     parts = ["<h3>Columns</h3>"]
     notes = [column for column in columns if not column["measure"] and column["words"]]
@@ -121,8 +121,9 @@ def columns_html(columns: Sequence[Row], before: str, after: str, shown: int = 6
             table_html(["column", "what happened"], rows, "", "columns that are not the same")
         )
     legend = f'<p class="mwb-legend"><u></u>{escape(before)} <s></s>{escape(after)}</p>'
-    said = f"{len(moved)} of {len(drawn)} moved by a tenth of a standard deviation, or of the rows, or more."
-    parts.append(f"<p>{said if drawn else 'No column can be drawn.'} SD: standard deviations.</p>")
+    said = f"{len(moved)} of {len(drawn)} moved by more than chance explains. The effect is in standard deviations (SD), or the share of rows."
+    parts.append(f"<p>{said if drawn else 'No column can be drawn.'}</p>")
+    rest, moved = moved[shown:] + rest, moved[:shown]
     if moved:
         parts.append(legend + f'<div class="mwb-charts">{"".join(map(column_chart, moved))}</div>')
     if rest:
@@ -137,7 +138,7 @@ def columns_html(columns: Sequence[Row], before: str, after: str, shown: int = 6
         )
     return "".join(parts)
 
-# %% ../../nbs/pages/14_difference.ipynb #be0283b3
+# %% ../../nbs/pages/14_difference.ipynb #2dea8af6
 TITLES = {
     "added": "Pictures added",
     "removed": "Pictures removed",

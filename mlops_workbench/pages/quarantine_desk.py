@@ -6,126 +6,69 @@
 from __future__ import annotations
 
 import getpass
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from ..core.errors import DataError, shorten
-from ..core.ledger import Ledger
 from ..core.workspace import Workspace
+from ..data.quarantine import review_list, review_rows
 from ..data.records import DataVersion
 from ..data.versions import DataStore
 from .data_views import brightness, cell_text, picture_column, thumbnail
-from .read_models import read_table, write_model
-from ..release.deployment import default_data, set_default_data
+from .read_models import QUARANTINE, read_table, write_model
 
 # %% auto #0
-__all__ = ['NOTES', 'waiting_rows', 'list_state', 'list_rows', 'decide_rows']
+__all__ = ['ROW_COLUMNS', 'list_state', 'waiting_row', 'list_rows', 'decide_rows']
 
-# %% ../../nbs/pages/11_quarantine_desk.ipynb #c01156b0
-NOTES = ("reason", "likely", "probability", "decision")
-
-
-def waiting_rows(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows about which nothing was decided."""
-    return frame[frame["decision"].fillna("") == ""] if "decision" in frame else frame
+# %% ../../nbs/pages/11_quarantine_desk.ipynb #86a89903
+ROW_COLUMNS = ("key", "reason", "label", "likely", "wrong", "batch", "picture", "cells")
 
 
-def list_state(folder: Path, dataset: str) -> str:
+def list_state(folder: Path, name: str) -> str:
     """Return the digest of the version that the list in the read models shows; empty while there is none."""
-    rows = read_table(folder / "quarantine" / f"{dataset}.db", "state")
+    rows = read_table(folder / "quarantine" / f"{name}.db", "state")
     return str(rows[0]["digest"]) if rows else ""
+
+
+def waiting_row(row: Mapping[str, Any], column: str, white: float) -> tuple[Any, ...]:
+    """Return one row that waits as the page shows it; `column` holds the picture, if there is one."""
+    cells = {name: cell for name, cell in row["values"].items() if name != column}
+    return (
+        *(row["id"], row["reason"], str(row["label"] or ""), str(row["likely"] or "")),
+        *(row["probability"], row["batch"]),
+        thumbnail(row["values"].get(column), white) if column else "",
+        ", ".join(f"{name} {cell_text(cell)}" for name, cell in cells.items()),
+    )
 
 # %% ../../nbs/pages/11_quarantine_desk.ipynb #3ecd6b4f
 def list_rows(workspace: Workspace, version: DataVersion) -> int:
-    """Write the rows of a quarantine that wait, worst first, unless that was done; return 1 when something was written."""
+    """Write the rows of a quarantine that wait, unless that was done; return 1 when something was written."""
     if list_state(workspace.read_models, version.name) == version.digest:
         return 0
-    waiting = waiting_rows(DataStore(workspace).load(version))
-    if "probability" in waiting:
-        waiting = waiting.sort_values("probability", kind="stable")
-    column = picture_column(waiting)
-    white = brightness(waiting[column]) if column else 1.0
-    hidden = [name for name in (version.key, version.label, column, *NOTES) if name in waiting]
-    rows = [
-        (
-            str(row[version.key]),
-            str(row.get("reason", "")),
-            cell_text(row[version.label]),
-            cell_text(row.get("likely", "")),
-            _number(row.get("probability")),
-            thumbnail(row[column], white) if column else "",
-            ", ".join(f"{n} {cell_text(v)}" for n, v in row.drop(labels=hidden).items()),
-        )
-        for _, row in waiting.iterrows()
-    ]
-    columns = ("key", "reason", "label", "likely", "probability", "picture", "cells")
+    rows = review_list(DataStore(workspace), version.name.removesuffix(QUARANTINE))
+    rows.sort(key=lambda row: -(row["probability"] or 0.0))
+    values = pd.DataFrame([row["values"] for row in rows])
+    column = picture_column(values)
+    white = brightness(values[column]) if column else 1.0
     state = (version.ref, version.digest)
-    tables = {"state": (("ref", "digest"), [state]), "rows": (columns, rows)}
+    tables = {
+        "state": (("ref", "digest"), [state]),
+        "rows": (ROW_COLUMNS, [waiting_row(row, column, white) for row in rows]),
+    }
     write_model(workspace.read_models / "quarantine" / f"{version.name}.db", tables)
     return 1
 
-
-def _number(value: object) -> float | None:
-    """A probability, None where it was not measured."""
-    return float(value) if isinstance(value, float) and value == value else None
-
 # %% ../../nbs/pages/11_quarantine_desk.ipynb #2c777abd
 def decide_rows(
-    workspace: Workspace,
-    dataset: str,  # of the accepted rows: flights
-    accept: Sequence[str],  # keys as text
-    reject: Sequence[str],
+    workspace: Workspace, dataset: str, accept: Sequence[str], reject: Sequence[str]
 ) -> str:
-    """Accept and reject rows of a quarantine and return a sentence; DataError for keys that do not wait there."""
-    store, actor = DataStore(workspace), getpass.getuser()
-    version = store.resolve(f"{dataset}.quarantine")
-    frame = store.load(version).reset_index(drop=True)
-    texts = waiting_rows(frame)[version.key].astype(str)
-    unknown = sorted({*accept, *reject} - set(texts)) or sorted({*accept} & {*reject})
-    if unknown or not (accept or reject):
-        raise DataError(
-            f"expected keys that wait in {version.ref}, each once, found {len(unknown)} others, "
-            f"first {shorten(unknown[0]) if unknown else 'no key at all'}; look at the list again"
-        )
-    said = f"{len(accept)} rows of {version.ref} accepted, {len(reject)} rejected"
-    if accept:
-        _add_rows(store, dataset, frame.loc[texts[texts.isin(accept)].index], said, actor)
-    ledger = Ledger(workspace.ledger_url)
-    evidence = {"accepted": list(accept), "rejected": list(reject)}
-    with ledger.decision(
-        "quarantine",
-        actor=actor,
-        subject=version.ref,
-        verdict="reviewed",
-        reason=said,
-        evidence=evidence,
-    ):
-        pass
-    ledger.close()
-    decided = (
-        frame["decision"].fillna("") if "decision" in frame else pd.Series("", index=frame.index)
+    """Accept and reject rows of a quarantine and return a sentence; raises what `review_rows` raises."""
+    store = DataStore(workspace)
+    done = review_rows(
+        store, dataset, accept=accept, reject=reject, actor=getpass.getuser(), reason="in the page"
     )
-    for word, keys in (("accepted", accept), ("rejected", reject)):
-        decided.loc[texts[texts.isin(keys)].index] = word
-    store.snapshot(
-        version.name,
-        frame.assign(decision=decided),
-        key=version.key,
-        label=version.label,
-        message=said,
-    )
-    return said
-
-# %% ../../nbs/pages/11_quarantine_desk.ipynb #94e825b4
-def _add_rows(store: DataStore, dataset: str, rows: pd.DataFrame, said: str, actor: str) -> None:
-    """Store the data set's next version with these rows, and let it be the one that counts."""
-    known = store.resolve(default_data(store.workspace, dataset) or dataset)
-    frame = store.load(known)
-    kept = frame[~frame[known.key].isin(rows[known.key])]
-    joined = pd.concat([kept, rows[list(frame.columns)]], ignore_index=True)
-    added = store.snapshot(
-        dataset, joined, key=known.key, label=known.label, message=said, parent=known.ref
-    )
-    set_default_data(store.workspace, added.ref, actor=actor, reason=said)
+    made = f"; {done.version} holds them and is the default" if done.version else ""
+    said = f"{len(done.accepted):,} accepted{made}, {len(done.rejected):,} rejected"
+    return f"{said}, {done.waiting:,} still wait (decision {done.decision})."

@@ -29,8 +29,8 @@ def row_html(row: Row) -> str:
     label = f"label <strong>{escape(row['label'])}</strong>"
     if row["likely"] and row["likely"] != row["label"]:
         label += f", likely <strong>{escape(row['likely'])}</strong>"
-    if row["probability"] is not None:
-        label += f", label is right with {row['probability']:.1%}"
+    if row["wrong"] is not None:
+        label += f", wrong with {100 * row['wrong']:.3g} %"
     reason = f"<p>{escape(row['reason'])}</p>" if row["reason"] else ""
     cells = f'<p class="cells">{escape(row["cells"])}</p>' if row["cells"] else ""
     return f'<div class="mwb-waiting">{picture}<div><b>{escape(row["key"])}</b><p>{label}</p>{reason}{cells}</div></div>'
