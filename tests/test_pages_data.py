@@ -86,13 +86,13 @@ def test_columns_are_drawn_over_each_other_with_what_moved_first(made: Workspace
     assert "gusts" in shown and "new column" in shown and "3 of " in shown
     wind = shown.index(">wind<")
     assert "moved right by" in shown[wind : wind + 300]
-    assert wind < shown.index("others</summary>") < shown.index(">pressure<")
+    assert wind < shown.index("1 other</summary>") < shown.index(">pressure<")
     assert 'class="was"' in shown and 'class="is"' in shown and "mwb-bars" in shown
 
 
 def test_the_last_diagnosis_is_told_with_its_remedy(made: Workspace) -> None:
     shown = data_page(made).diagnosis.value
-    assert "mwb data drop digits@v1.3" in shown and "+0.214 (95 %: +0.181 to +0.247)" in shown
+    assert "mwb data drop digits@v1.3" in shown and "+0.214 (95%: +0.181 to +0.247)" in shown
     assert "10 of 100" in shown and "runs/cycle-0001/diagnose-1/notebook.ipynb" in shown
 
 
@@ -160,19 +160,11 @@ def test_a_file_that_is_no_request_is_answered_and_gone(workspace: Workspace) ->
 
 
 def test_a_lost_version_is_said_and_breaks_nothing_else(workspace: Workspace) -> None:
-    shutil.rmtree(workspace.read_models / "diffs")
-    version = DataStore(workspace).resolve("digits@v1.3")
-    lost = {shard.sha256 for shard in version.shards}
-    lost -= {s.sha256 for n in (0, 1, 2) for s in DataStore(workspace).versions("digits")[n].shards}
-    assert lost
-    shutil.rmtree(workspace.materialised_data)
+    (lost,) = (workspace.read_models / "diffs").glob("*..digits@v1.3.*.db")
+    lost.unlink()
     for place in (workspace.root / ".dvc" / "cache", Path(workspace.remote)):
-        for path in place.rglob("*"):
-            if path.is_file() and path.stat().st_size in {
-                shard.bytes for shard in version.shards if shard.sha256 in lost
-            }:
-                path.chmod(0o644)
-                path.unlink()
+        shutil.rmtree(place)
+    shutil.rmtree(workspace.materialised_data)
     data_work.work_once(workspace)
     reader.refresh(workspace, {})
     page = data_page(workspace)

@@ -62,6 +62,18 @@ class DataPage(LivePage):
         self.name.observe(self.on_name, "value")
         for side in (self.before, self.after):
             side.observe(self.on_pair, "value")
+        self.parts = [
+            self.name,
+            self.timeline,
+            self.heading("Two versions compared"),
+            self.choice,
+            self.difference,
+            self.heading("Quarantine"),
+            self.review_words,
+            self.review,
+            self.heading("Last diagnosis"),
+            self.diagnosis,
+        ]
         self.body = ipywidgets.VBox()
         self.show(self.head, self.body)
 
@@ -83,23 +95,14 @@ class DataPage(LivePage):
         self.setting = True
         try:
             kept = self.name.value if self.name.value in names else newest["name"]
-            self.name.options, self.name.value = names, kept
+            if list(self.name.options) != names:
+                self.name.options = names
+            self.name.value = kept
         finally:
             self.setting = False
         self.name.layout.display = "" if len(names) > 1 else "none"
         self.draw_name()
-        self.body.children = [
-            self.name,
-            self.timeline,
-            self.heading("Two versions compared"),
-            self.choice,
-            self.difference,
-            self.heading("Quarantine"),
-            self.review_words,
-            self.review,
-            self.heading("Last diagnosis"),
-            self.diagnosis,
-        ]
+        self.body.children = self.parts
 
     def heading(self, words: str) -> ipywidgets.HTML:
         """Return the title of a part."""
@@ -146,8 +149,10 @@ class DataPage(LivePage):
             if not all(value in refs for value in chosen) and refs:
                 parent = str(mine[0]["parent"])
                 chosen = [parent if parent in refs else refs[-1], refs[0]]
+            options = [(ref.partition("@")[2], ref) for ref in refs]
             for side, value in zip((self.before, self.after), chosen, strict=True):
-                side.options = [(ref.partition("@")[2], ref) for ref in refs]
+                if list(side.options) != options:
+                    side.options = options
                 side.value = value if refs else None
         finally:
             self.setting = False
@@ -182,14 +187,14 @@ class DataPage(LivePage):
         if path.exists():
             mark = (path, path.stat().st_mtime_ns)
             if self.shown_pair != mark:
-                self.difference.value = block(difference_html(read_difference(path)))
+                tables = read_difference(path)
+                self.difference.value = block(difference_html(tables))
                 self.shown_pair = mark
+                if json.loads(tables["summary"][0]["content"])["problem"]:
+                    self.ask_pair(path, *pair)  # it may have been mended since
             return
         self.shown_pair = None
-        if path not in self.asked_pair:
-            self.asked_pair[path] = ask(
-                self.folder, "diff", before=pair[0]["ref"], after=pair[1]["ref"]
-            )
+        self.ask_pair(path, *pair)
         answer = read_answer(self.folder, self.asked_pair[path])
         if answer is not None and not answer.done:
             self.difference.value = problem_html(
@@ -199,6 +204,13 @@ class DataPage(LivePage):
             names = escape(f"{pair[0]['ref']} and {pair[1]['ref']}")
             self.difference.value = block(
                 f"<p class='mwb-empty' role='status'>{names} are being compared ...</p>"
+            )
+
+    def ask_pair(self, path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """Ask for a comparison, once while the page is open."""
+        if path not in self.asked_pair:
+            self.asked_pair[path] = ask(
+                self.folder, "diff", before=before["ref"], after=after["ref"]
             )
 
     def draw_review(self) -> None:
@@ -216,6 +228,8 @@ class DataPage(LivePage):
         self.review.layout.display = "" if rows else "none"
         if rows != list(self.review.rows):
             self.review.show(rows)
+        elif answer is not None:
+            self.review.say()
 
     def pause_seconds(self) -> float:
         """Return a short wait while something was asked for and is not there yet."""

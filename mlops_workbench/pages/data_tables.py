@@ -16,7 +16,7 @@ from ..core.ledger import Ledger
 from ..core.workspace import Workspace, run_git
 from ..data.records import DataVersion
 from ..data.versions import DataStore
-from .read_models import QUARANTINE, diff_path, read_table
+from .read_models import QUARANTINE, diff_path, model_mark, read_table
 from ..pipeline.manifest import MANIFEST_FILE, read_manifest
 
 # %% auto #0
@@ -41,8 +41,8 @@ def version_row(version: DataVersion, counts: str) -> tuple[Any, ...]:
 
 # %% ../../nbs/pages/11_data_tables.ipynb #718f9f85
 @lru_cache(maxsize=1000)
-def counts_of(path: Path) -> str:
-    """Return the counts of the difference in a read model, as JSON; without any for a pair that could not be compared."""
+def counts_of(path: Path, mark: tuple[int, int]) -> str:
+    """Return the counts of a difference, read once for each mark of its file, as JSON; without any for a pair that could not be compared."""
     summary = json.loads(read_table(path, "summary")[0]["content"])
     kinds = ("added", "removed", "changed", "relabelled")
     return json.dumps({} if summary["problem"] else {kind: summary[kind] for kind in kinds})
@@ -54,7 +54,7 @@ def parent_counts(folder: Path, version: DataVersion, known: dict[str, DataVersi
     if parent is None:
         return ""
     path = diff_path(folder, parent.ref, parent.digest, version.ref, version.digest)
-    return counts_of(path) if path.exists() else ""
+    return counts_of(path, model_mark(path)) if path.exists() else ""
 
 # %% ../../nbs/pages/11_data_tables.ipynb #9a0f0239
 def diagnosis_files(workspace: Workspace) -> list[Path]:

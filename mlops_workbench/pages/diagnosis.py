@@ -15,7 +15,7 @@ __all__ = ['Record', 'COLOURS', 'SHAPES', 'verdict_html', 'effect_words', 'data_
 
 # %% ../../nbs/pages/16_diagnosis.ipynb #5801b6e8
 Record = Mapping[str, Any]
-COLOURS = {"guilty": "bad", "changed": "warn", "unsure": "warn", "innocent": "good"}
+COLOURS = {"guilty": "bad", "changed": "warn", "innocent": "good"}
 SHAPES = {"bad": "\u25c6", "warn": "\u25b2", "good": "\u25cf", "none": "\u25cb"}
 
 
@@ -29,9 +29,7 @@ def verdict_html(verdict: str) -> Markup:
 
 def effect_words(effect: Record) -> str:
     """Return the effect on the held-out rows, with its interval."""
-    words = (
-        f"loss {effect['difference']:+.3f} (95 %: {effect['low']:+.3f} to {effect['high']:+.3f})"
-    )
+    words = f"loss {effect['difference']:+.3f} (95%: {effect['low']:+.3f} to {effect['high']:+.3f})"
     if effect.get("accuracy_before") is not None and effect.get("accuracy_after") is not None:
         words += f", accuracy {effect['accuracy_before']:.1%} \u2192 {effect['accuracy_after']:.1%}"
     return words
@@ -48,7 +46,7 @@ def data_html(data: Record) -> str:
         ("Effect", effect_words(data["effect"]) if data.get("effect") else ""),
         ("Judged by", data.get("judged_by")),
         ("Found by", data.get("found_by")),
-        ("Cost", f"{data['retrains']} retrains of at most {data['retrain_limit']}, {data['seconds']:.0f} s"
+        ("Cost", f"{data['retrains']} retrains of at most {data['retrain_limit']}, {data['seconds']:.0f}\u00a0s"
          if "retrains" in data and "retrain_limit" in data and "seconds" in data else ""),
     ]  # fmt: skip
     parts = "".join(f"<dt>{escape(n)}</dt><dd>{escape(value)}</dd>" for n, value in facts if value)
@@ -59,14 +57,14 @@ def rows_html(data: Record, shown: int = 10) -> str:
     """Return the guilty rows, the most suspicious first."""
     rows = [row for row in data.get("rows") or [] if row.get("guilty", True)]
     cells = [
-        [row["key"], row.get("label", ""), row.get("likely", ""),
+        [Markup(f'<span class="mwb-nowrap">{escape(row["key"])}</span>'), row.get("label", ""), row.get("likely", ""),
          "" if row.get("belief") is None else f"{row['belief']:.1%}"]
         for row in rows[:shown]
     ]  # fmt: skip
     if not cells:
         return ""
     total = len(data.get("guilty_keys") or rows)
-    columns = ["row", "label", "likely", "label is wrong with"]
+    columns = ["row", "label", "likely", "wrong with"]
     title = f"<h3>Rows, most suspicious first ({len(cells)} of {total:,})</h3>"
     return title + table_html(columns, cells, "", "guilty rows")
 

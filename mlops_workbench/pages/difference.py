@@ -73,10 +73,12 @@ def histogram_svg(shape: Mapping[str, Any]) -> str:
 def bars_html(shape: Mapping[str, Any]) -> str:
     """Return the shares of the most frequent values, before and after, as bars with their figures."""
     top = max([*shape["reference"], *shape["window"]]) or 1.0
+    found = zip(shape["names"], shape["reference"], shape["window"], strict=True)
     rows = "".join(
         f'<li><span title="{escape(name)}">{escape(name)}</span><i><u style="width:{100 * was / top:.1f}%"></u>'
         f'<s style="width:{100 * now / top:.1f}%"></s></i><em>{was:.0%} \u2192 {now:.0%}</em></li>'
-        for name, was, now in zip(shape["names"], shape["reference"], shape["window"], strict=True)
+        for name, was, now in found
+        if was or now
     )
     return f'<ul class="mwb-bars">{rows}</ul>'
 
@@ -85,7 +87,7 @@ def effect_text(column: Row) -> str:
     """Return the effect in its unit."""
     if column["measure"] == "number":
         return f"{column['effect']:.2f} SD"
-    return f"{100 * column['effect']:.3g} % of rows"
+    return f"{column['effect']:.1%} of rows"
 
 
 def column_chart(column: Row) -> str:
@@ -127,9 +129,10 @@ def columns_html(columns: Sequence[Row], before: str, after: str, shown: int = 9
     if moved:
         parts.append(legend + f'<div class="mwb-charts">{"".join(map(column_chart, moved))}</div>')
     if rest:
+        others = f"{len(rest)} other{'' if len(rest) == 1 else 's'}"
         inner = "" if moved else legend
         inner += f'<div class="mwb-charts">{"".join(map(column_chart, rest))}</div>'
-        parts.append(f"<details><summary>{len(rest)} others</summary>{inner}</details>")
+        parts.append(f"<details><summary>{others}</summary>{inner}</details>")
     changed = [[c["name"], f"{c['changed']:,}"] for c in columns if c["changed"]]
     if changed:
         changed.sort(key=lambda row: -int(row[1].replace(",", "")))
@@ -151,7 +154,7 @@ def picture_html(picture: Row, title: str = "") -> str:
     """Return a thumbnail with its caption; small pictures keep their pixels."""
     text = escape(f"{picture['key']}: {picture['caption']}")
     return (
-        f'<figure class="mwb-thumb"><img src="{escape(picture["address"])}" alt="{text}" title="{text}" loading="lazy">'
+        f'<figure class="mwb-thumb"><img src="{escape(picture["address"])}" alt="{text}" title="{text}">'
         f"<figcaption>{escape(picture['caption'])}</figcaption></figure>"
     )
 

@@ -34,7 +34,12 @@ def list_state(folder: Path, name: str) -> str:
 
 def waiting_row(row: Mapping[str, Any], column: str, white: float) -> tuple[Any, ...]:
     """Return one row that waits as the page shows it; `column` holds the picture, if there is one."""
-    cells = {name: cell for name, cell in row["values"].items() if name != column}
+    said = {str(row["id"]), str(row["label"])}  # stand beside them already
+    cells = {
+        name: cell
+        for name, cell in row["values"].items()
+        if name != column and str(cell) not in said
+    }
     return (
         *(row["id"], row["reason"], str(row["label"] or ""), str(row["likely"] or "")),
         *(row["probability"], row["batch"]),
