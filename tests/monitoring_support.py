@@ -109,7 +109,12 @@ def make_workspace(folder: Path, **settings: object) -> Workspace:
     return create_workspace(folder / "workspace", settings=named)
 
 
-def add_release(workspace: Workspace, name: str, profile: Mapping[str, Any]) -> str:
+def add_release(
+    workspace: Workspace,
+    name: str,
+    profile: Mapping[str, Any],
+    data_version: str = "flights@v1.0",
+) -> str:
     """Put a release with this profile on record and into the champion slot; its digest."""
     folder = workspace.bundles / name
     folder.mkdir(parents=True)
@@ -121,7 +126,7 @@ def add_release(workspace: Workspace, name: str, profile: Mapping[str, Any]) -> 
         name=name,
         recipe="flights",
         created_at="2013-04-01T00:00:00+00:00",
-        data_version="flights@v1.0",
+        data_version=data_version,
         data_digest="d",
         code_commit="c",
         dirty_hash="",

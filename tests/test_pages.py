@@ -52,11 +52,14 @@ def factory(tmp_path_factory: pytest.TempPathFactory) -> Factory:
 
 PAGE_MODULES = """
 import sys
+from mlops_workbench.pages.data import data_page
 from mlops_workbench.pages.experiments import experiments_page
 from mlops_workbench.pages.monitoring import monitoring_page
 pages = experiments_page(), monitoring_page()
 assert "runs of" in pages[0].head.value, pages[0].head.value
 assert "OK" in pages[1].parts["tiles"].value
+data = data_page()
+assert "No data version yet" in data.head.value, data.head.value
 heavy = {"mlflow", "evidently", "torch", "sqlalchemy", "duckdb", "sklearn", "pydantic"}
 print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
 """
@@ -75,9 +78,12 @@ def test_the_kernel_of_a_page_loads_no_heavy_package_and_no_settings(factory: Fa
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stdout + done.stderr
 
 
-def test_a_monitoring_page_needs_neither_pandas_nor_plotly(factory: Factory) -> None:
+@pytest.mark.parametrize("name", ["monitoring", "data"])
+def test_a_page_without_figures_needs_neither_pandas_nor_plotly(
+    factory: Factory, name: str
+) -> None:
     script = (
-        "import sys\nfrom mlops_workbench.pages.monitoring import monitoring_page\nmonitoring_page()\n"
+        f"import sys\nfrom mlops_workbench.pages.{name} import {name}_page\n{name}_page()\n"
         "print([name for name in ('pandas', 'plotly', 'numpy') if name in sys.modules])"
     )
     environment = {**os.environ, "WORKBENCH_READ_MODELS": str(factory.workspace.read_models)}
@@ -179,17 +185,21 @@ def test_the_reader_says_what_it_cannot_read(
     workspace.monitoring.mkdir(parents=True)
     (workspace.monitoring / "latest.json").write_text("{ torn")
     known = reader.refresh(workspace, {})
-    assert set(known) == {"experiments"} and "monitoring cannot be read" in capsys.readouterr().err
+    assert (
+        set(known) == {"experiments", "data"}
+        and "monitoring cannot be read" in capsys.readouterr().err
+    )
     page = MonitoringPage(workspace.read_models)
     assert "cannot be renewed just now" in page.reader_problem.value
     (workspace.monitoring / "latest.json").unlink()
-    assert set(reader.refresh(workspace, known)) == {"experiments", "monitoring"}
+    assert set(reader.refresh(workspace, known)) == {"experiments", "data", "monitoring"}
     assert read_state(workspace.read_models).problems == {}
 
 
 def test_a_model_is_written_again_only_when_its_source_changed(factory: Factory) -> None:
     workspace = factory.workspace
-    models = [workspace.read_models / f"{name}.db" for name in ("experiments", "monitoring")]
+    names = ("experiments", "monitoring", "data")
+    models = [workspace.read_models / f"{name}.db" for name in names]
     known = reader.refresh(workspace, {})
     before = [model_mark(model) for model in models]
     known = reader.refresh(workspace, known)
@@ -197,7 +207,7 @@ def test_a_model_is_written_again_only_when_its_source_changed(factory: Factory)
     record_run(workspace, cycle="2013-06-01", seed=30)
     reader.refresh(workspace, known)
     after = [model_mark(model) for model in models]
-    assert after[0] != before[0] and after[1] == before[1]
+    assert after[0] != before[0] and after[1:] == before[1:]
 
 
 def test_a_page_cannot_write_into_a_read_model(factory: Factory) -> None:
@@ -229,7 +239,7 @@ def test_a_page_that_nobody_holds_any_more_leaves_no_task(factory: Factory) -> N
 
 
 def test_page_notebooks_are_short_and_of_the_minor_version_that_voila_needs() -> None:
-    for name in ("experiments", "monitoring"):
+    for name in ("experiments", "data", "monitoring"):
         notebook = nbformat.read(apps_folder() / f"{name}.ipynb", as_version=4)
         code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
         assert notebook.nbformat_minor == 5 and len(code.splitlines()) <= 20
@@ -268,6 +278,7 @@ def test_pages_start_answer_and_end_together(tmp_path: Path) -> None:
         assert not any(child.is_running() for child in children), voila
         output = process.stdout.read() if process.stdout else ""
     assert f"{address}/voila/render/experiments.ipynb" in output
+    assert f"{address}/voila/render/data.ipynb" in output
     assert f"{address}/voila/render/monitoring.ipynb" in output
 
 

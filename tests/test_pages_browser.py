@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
 from pages_support import (
@@ -12,6 +13,8 @@ from pages_support import (
     CONTRAST,
     Factory,
     kernels_of,
+    lab_running,
+    make_data,
     make_factory,
     pages_running,
     record_run,
@@ -20,13 +23,15 @@ from pages_support import (
 )
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from mlops_workbench.core.workspace import create_workspace
+from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.core.workspace import Workspace, create_workspace
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser: {CHROMIUM} is not installed"),
 ]
 PATIENCE_MS = 60_000
+LAB_TOKEN = "a-token-of-this-test"
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +80,9 @@ def open_page(
     if name == "experiments":
         page.wait_for_selector("tr.selected", timeout=PATIENCE_MS)
         page.wait_for_selector(".js-plotly-plot .scatterlayer .trace", timeout=PATIENCE_MS)
+    elif name == "data":
+        page.wait_for_selector(".mwb-timeline", timeout=PATIENCE_MS)
+        page.wait_for_selector(".mwb-tile", timeout=PATIENCE_MS)
     else:
         page.wait_for_selector(".mwb-tile", timeout=PATIENCE_MS)
     return page, asked
@@ -98,7 +106,7 @@ def assert_no_sideways_scroll(page: Page) -> None:
     )
     assert widths[0] <= widths[1] == 390
     cut = page.evaluate(
-        """() => [...document.querySelectorAll('.mwb h1, .mwb h2, .mwb-tile, .mwb-banner, .mwb-chart, .mwb-card, select, nav a')]
+        """() => [...document.querySelectorAll('.mwb h1, .mwb h2, .mwb-tile, .mwb-banner, .mwb-chart, .mwb-card, .mwb-version, .mwb-thumb, .mwb-choice label, button, select, nav a')]
         .filter(e => e.getClientRects().length && e.getBoundingClientRect().right > 390.5).map(e => e.outerHTML.slice(0, 80))"""
     )
     assert cut == []
@@ -182,6 +190,44 @@ def test_the_keyboard_reaches_and_works_everything(
     page.context.close()
 
 
+def run_cell(page: Page, address: str, name: str) -> None:
+    """Open a notebook in JupyterLab, wait for its kernel and run its first cell."""
+    page.goto(f"{address}/lab/tree/{name}.ipynb?token={LAB_TOKEN}", timeout=PATIENCE_MS)
+    idle = '.jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status="idle"]'
+    page.wait_for_selector(idle, timeout=PATIENCE_MS)
+    page.locator(".jp-CodeCell .cm-content").first.click()
+    page.keyboard.press("Shift+Enter")
+
+
+def test_pages_work_as_cells_in_jupyterlab(
+    browser: Browser, served: tuple[Factory, str, int]
+) -> None:
+    factory, _, _ = served
+    for name in ("experiments", "monitoring"):
+        code = f"from mlops_workbench.pages.{name} import {name}_page\n\n{name}_page()"
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+        nbformat.write(notebook, factory.workspace.root / f"{name}.ipynb")
+    with lab_running(factory.workspace, LAB_TOKEN) as address:
+        page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        run_cell(page, address, "experiments")
+        expect(page.locator("tr.selected")).to_have_count(2, timeout=PATIENCE_MS)
+        page.locator("table.dataTable tbody tr", has_text="2013-04-03/train").click()
+        comparison = page.get_by_role("region", name="what differs between the selected runs")
+        expect(comparison).to_contain_text("2013-04-03/train", timeout=15_000)
+        lines = page.locator(".js-plotly-plot").first.locator(".scatterlayer .trace")
+        expect(lines).to_have_count(3)
+        assert_readable(page, ["table.dataTable tbody td", ".mwb h1", ".mwb td", ".mwb th"])
+        run_cell(page, address, "monitoring")
+        expect(page.locator(".mwb-tile").first).to_be_visible(timeout=PATIENCE_MS)
+        assert page.locator(".mwb-chart svg .line").count() >= 5
+        expect(page.locator(".Toastify__toast")).to_have_count(0)
+        outside = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+        assert outside == []
+        page.context.close()
+
+
 def test_tiles_turn_while_the_page_is_open(
     browser: Browser, served: tuple[Factory, str, int]
 ) -> None:
@@ -254,3 +300,65 @@ def test_a_page_with_nothing_to_show_says_so(browser: Browser, tmp_path: Path) -
         assert time.perf_counter() - started < 30
         assert_no_sideways_scroll(page)
         context.close()
+
+
+@pytest.fixture(scope="module")
+def data_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace, str]]:
+    """A workspace with data versions and a quarantine, and the address of its pages."""
+    workspace = make_data(tmp_path_factory.mktemp("data"))
+    with pages_running(workspace) as (address, _):
+        yield workspace, address
+
+
+DATA_TEXTS = [".mwb h1", ".mwb h2", ".mwb h3", ".mwb-version b", ".mwb-version p", ".mwb-mark"]
+DATA_TEXTS += [".mwb-version code", ".mwb-tile b", ".mwb-tile small", ".mwb-tile span", ".mwb td"]
+DATA_TEXTS += [".mwb-thumb figcaption", ".mwb-chart span", ".mwb-chart p.words", ".mwb-chart b"]
+DATA_TEXTS += [".mwb-bars span", ".mwb-bars em", ".mwb-legend", ".mwb-waiting p", ".mwb summary"]
+DATA_TEXTS += [".mwb-choice label", ".jupyter-button", ".mwb-command", ".mwb-state", "select"]
+
+
+def test_data_versions_are_compared_by_keyboard(
+    browser: Browser, data_served: tuple[Workspace, str]
+) -> None:
+    _, address = data_served
+    page, asked = open_page(browser, address, "data", scheme="dark")
+    focus_by_tab(page, "select")
+    expect(page.get_by_label("Data set")).to_be_focused()
+    page.keyboard.press("d")
+    expect(page.locator(".mwb-version")).to_have_count(4, timeout=15_000)
+    expect(page.locator(".mwb-thumb img").first).to_be_visible(timeout=15_000)
+    focus_by_tab(page, ".mwb-pair .widget-dropdown:first-child select")
+    page.keyboard.press("End")  # v1.0, which is no neighbour of v1.3
+    expect(page.get_by_text("are being compared")).to_be_visible()
+    added = page.get_by_role("group", name="added")
+    expect(added).to_contain_text("400 rows", timeout=30_000)
+    expect(page.get_by_role("img", name="image brightness", exact=False)).to_have_count(1)
+    assert_readable(page, DATA_TEXTS)
+    page.emulate_media(color_scheme="light")
+    assert_readable(page, DATA_TEXTS)
+    assert [url for url in asked if not url.startswith((address, "data:", f"blob:{address}"))] == []
+    assert page.title() != "owned"
+    assert_no_sideways_scroll(page)
+    page.context.close()
+
+
+def test_rows_in_quarantine_are_decided_by_keyboard(
+    browser: Browser, data_served: tuple[Workspace, str]
+) -> None:
+    workspace, address = data_served
+    page, _ = open_page(browser, address, "data", width=390)
+    page.get_by_label("Data set").select_option("digits")
+    expect(page.get_by_text("Rows 1 to 8 of 12")).to_be_visible(timeout=15_000)
+    focus_by_tab(page, ".mwb-choice input[type=radio]")
+    page.keyboard.press("ArrowRight")  # later -> accept
+    record = page.get_by_role("button", name="Record 1 accepted, 0 rejected")
+    expect(record).to_be_enabled(timeout=15_000)
+    focus_by_tab(page, ".mod-primary")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("11 still wait")).to_be_visible(timeout=40_000)
+    expect(page.get_by_text("Rows 1 to 8 of 11")).to_be_visible(timeout=15_000)
+    expect(page.locator(".mwb-version b").first).to_have_text("v1.4", timeout=15_000)
+    decision = Ledger(workspace.ledger_url).decisions(kind="review")[0]
+    assert len(decision.evidence["accepted"]) == 1
+    assert_no_sideways_scroll(page)
+    page.context.close()

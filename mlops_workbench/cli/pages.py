@@ -102,7 +102,7 @@ def pages(port: int | None, workspace: Path | None) -> None:
     voila_settings(opened, 0)  # refuses an address that is not of this machine
     number = chosen_port(settings.host, settings.port if port is None else port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    for name in ("experiments", "monitoring"):
+    for name in ("experiments", "data", "monitoring"):
         click.echo(f"{name.ljust(12)} http://{host}:{number}/voila/render/{name}.ipynb")
     stop = threading.Event()
 

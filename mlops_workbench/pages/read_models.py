@@ -19,7 +19,8 @@ from ..core.clock import timestamp
 from ..core.files import write_json
 
 # %% auto #0
-__all__ = ['Tables', 'write_model', 'open_model', 'read_table', 'model_mark', 'ReaderState', 'write_state', 'read_state']
+__all__ = ['Tables', 'QUARANTINE', 'write_model', 'open_model', 'read_table', 'model_mark', 'diff_path', 'ReaderState',
+           'write_state', 'read_state']
 
 # %% ../../nbs/pages/00_read_models.ipynb #dc51bf57
 Tables = Mapping[str, tuple[Sequence[str], Iterable[Sequence[Any]]]]
@@ -64,6 +65,14 @@ def model_mark(path: Path) -> tuple[int, int]:
     except FileNotFoundError:
         return (0, 0)
     return (found.st_ino, found.st_mtime_ns)
+
+# %% ../../nbs/pages/00_read_models.ipynb #33755f49
+QUARANTINE = ".quarantine"  # ends the names of data sets whose rows wait for a person
+
+
+def diff_path(folder: Path, before: str, before_digest: str, after: str, after_digest: str) -> Path:
+    """Return the place of the read model of a pair of versions."""
+    return folder / "diffs" / f"{before}..{after}.{before_digest[:8]}.{after_digest[:8]}.db"
 
 # %% ../../nbs/pages/00_read_models.ipynb #511e3237
 @dataclass(frozen=True)

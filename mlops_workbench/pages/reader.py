@@ -10,8 +10,10 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,12 +26,15 @@ from ..core.ledger import Ledger
 from ..core.workspace import Workspace
 from ..experiment.runs import RunRow, list_runs, metric_history
 from ..experiment.store import sqlite_path
+from .data_tables import data_places, data_tables
+from .data_work import start_work, work_once, work_waits
 from .read_models import ReaderState, write_model, write_state
+from .requests import open_requests
 
 # %% auto #0
 __all__ = ['ModelTables', 'SHOWN_RUNS', 'CURVE_RUNS', 'RUN_COLUMNS', 'SHOWN_LOOKS', 'SHOWN_DECISIONS', 'COLLECTORS', 'run_record',
            'experiments_tables', 'look_record', 'monitoring_tables', 'database_files', 'files_stamp', 'watched_files',
-           'refresh', 'main']
+           'refresh', 'refresh_once', 'wait_and_serve', 'main']
 
 # %% ../../nbs/pages/01_reader.ipynb #fec899c8
 ModelTables = dict[str, tuple[Sequence[str], list[Sequence[Any]]]]
@@ -153,10 +158,18 @@ def watched_files(workspace: Workspace) -> dict[str, list[Path] | None]:
     """Return the files whose change means that a model must be written anew, by the model's name."""
     tracker, ledger = database_files(workspace.tracking_uri), database_files(workspace.ledger_url)
     looks = [workspace.monitoring, workspace.monitoring / "latest.json"]
-    return {"experiments": tracker, "monitoring": None if ledger is None else [*ledger, *looks]}
+    return {
+        "experiments": tracker,
+        "monitoring": None if ledger is None else [*ledger, *looks],
+        "data": None if ledger is None else [*ledger, *data_places(workspace)],
+    }
 
-# %% ../../nbs/pages/01_reader.ipynb #61016763
-COLLECTORS = {"experiments": experiments_tables, "monitoring": monitoring_tables}
+# %% ../../nbs/pages/01_reader.ipynb #5596a2aa
+COLLECTORS = {
+    "experiments": experiments_tables,
+    "monitoring": monitoring_tables,
+    "data": data_tables,
+}
 
 # %% ../../nbs/pages/01_reader.ipynb #7c40d8b4
 def refresh(
@@ -191,6 +204,30 @@ def refresh(
     write_state(workspace.read_models, state)
     return found
 
+# %% ../../nbs/pages/01_reader.ipynb #f7b0ead6
+def refresh_once(workspace: Workspace) -> int:
+    """Write all read models, rows and all; return 0, or 1 when one of them could not be written."""
+    known = refresh(workspace, {})
+    if work_once(workspace):
+        known = refresh(workspace, known)
+    return 0 if known.keys() == COLLECTORS.keys() else 1
+
+# %% ../../nbs/pages/01_reader.ipynb #9fe92b67
+def wait_and_serve(
+    workspace: Workspace,
+    worker: subprocess.Popen[bytes] | None,  # the process that reads rows, if there was one
+    stop: threading.Event,
+) -> subprocess.Popen[bytes] | None:
+    """Wait for the time of the next look; start the process that reads rows where it has something to do, and return it."""
+    until = time.monotonic() + workspace.settings.pages.refresh_seconds
+    is_asked = work_waits(workspace)
+    while not stop.is_set() and time.monotonic() < until:
+        if is_asked and (worker is None or worker.poll() is not None):
+            worker = start_work(workspace)
+        stop.wait(0.25)
+        is_asked = bool(open_requests(workspace.read_models))
+    return worker
+
 # %% ../../nbs/pages/01_reader.ipynb #16ca15b2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Refresh the read models at every interval until SIGTERM; once with --once."""
@@ -205,12 +242,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    if chosen.once:
+        return refresh_once(workspace)
     known: dict[str, str] = {}
+    worker: subprocess.Popen[bytes] | None = None
     while not stop.is_set() and chosen.parent in (None, os.getppid()):
         known = refresh(workspace, known)
-        if chosen.once:
-            return 0 if known.keys() == COLLECTORS.keys() else 1
-        stop.wait(workspace.settings.pages.refresh_seconds)
+        worker = wait_and_serve(workspace, worker, stop)
+    if worker is not None:
+        worker.terminate()
+        worker.wait()
     return 0
 
 # %% ../../nbs/pages/01_reader.ipynb #ed928c24
