@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import pyarrow.parquet as pq
 
-from ..core.errors import DataError, IntegrityError, UsageError
+from ..core.errors import DataError, UsageError
 from ..core.files import file_lock, read_json, write_json
 from ..core.workspace import Workspace
 from . import dvc, tags
