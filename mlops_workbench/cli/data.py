@@ -145,7 +145,7 @@ def snapshot(
         )
         return
     verdict = "unchanged" if version.unchanged else "forced" if version.forced else "stored"
-    click.echo(f"{version.ref}  {verdict}  {version.rows:,} rows in {len(version.shards)} shards")
+    click.echo(f"{version.ref}  {verdict}  {version.rows:,} rows in {version.files} files")
     for problem in [] if version.unchanged else version.validation.get("problems", []):
         click.echo(f"  {problem['severity']}: {problem['column']}: {problem['text']}")
 
@@ -208,9 +208,7 @@ def show_version(ref: str, workspace: Path | None, as_json: bool) -> None:
     version = find_version(store, ref)
     record = {**store.show(version.ref), **_links(store, [version])[0]}
     if not as_json:
-        record["shards"] = (
-            f"{len(record['shards'])} files, {sum(s['bytes'] for s in record['shards']):,} bytes"
-        )
+        record["manifest"] = record["manifest"]["sha256"]
         record["validation"] = record["validation"].get("verdict", "not validated")
     print_record(record, as_json)
 

@@ -37,9 +37,9 @@ class Group:
     shard_rows: int  # the wished length of a shard
     shards: tuple[Shard, ...] = ()
 
-# %% ../../nbs/data/14_groups.ipynb #c489456d
-SMALLEST_BYTES, LARGEST_BYTES = 32 * 1024, 4 * 1024**2
-COLUMN_BYTES = 4000  # that each column of a file should have at least
+# %% ../../nbs/data/14_groups.ipynb #c7c2d192
+SMALLEST_BYTES, LARGEST_BYTES = 8 * 1024, 4 * 1024**2
+COLUMN_BYTES = 1500  # that each column of a file should have at least
 GROUP_BYTES, GROUP_COLUMNS = 8 * 1024**2, 256  # what makes another group worth while
 MOST_GROUPS = 8
 
