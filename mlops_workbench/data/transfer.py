@@ -17,7 +17,6 @@ from ..core.errors import DataError, IntegrityError
 from ..core.files import write_atomic
 from . import dvc
 from .names import resolve_version
-from .records import DataVersion
 from mlops_workbench.data.remotes import (
     Remote,
     explained,
