@@ -181,7 +181,7 @@ version = stage.data.snapshot(
     pd.DataFrame({"id": range(rows + 10), "late": [batch % 2] * (rows + 10)}),
     key="id",
     label="late",
-    parent=default_data(stage.workspace, "flights"),
+    parent=stage.slot("data:flights"),
 )
 stage.data_version = version.ref
 set_default_data(stage.workspace, version.ref, actor="test", reason="accepted")
@@ -192,7 +192,7 @@ LEARN = "choose_data(stage, data_version, stage.upstream('prepare', optional=Tru
 IMPORTS = """
 import pandas as pd
 from mlops_workbench.pipeline.outcome import choose_data
-from mlops_workbench.release.deployment import default_data, set_default_data
+from mlops_workbench.release.deployment import set_default_data
 """
 
 

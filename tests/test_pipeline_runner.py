@@ -42,6 +42,7 @@ from mlops_workbench.pipeline.cycles import current_cycle, finished_run, open_ru
 from mlops_workbench.pipeline.manifest import read_manifest, read_run
 from mlops_workbench.pipeline.records import processes_of
 from mlops_workbench.pipeline.runner import Progress, run_stages
+from mlops_workbench.release.deployment import set_default_data
 
 TWO = {
     "1_make": stage_cells("make"),
@@ -140,6 +141,21 @@ def test_equal_inputs_are_used_again_and_changed_ones_are_not(tmp_path: Path) ->
     forced = run_stages(workspace, ["use"], force=True)
     assert [stage.status for stage in forced.stages] == ["finished"]
     assert forced.stages[0].folder.name == "2_use-2"
+
+
+def test_a_run_that_read_a_slot_is_used_again_only_while_the_slot_stands(tmp_path: Path) -> None:
+    workspace = fresh(tmp_path, {"1_look": stage_cells("look", body="stage.slot('data:tiny')")})
+
+    def status() -> str:
+        return run_stages(workspace).stages[0].status
+
+    assert [status(), status()] == ["finished", "reused"]
+    set_default_data(workspace, "tiny@v1.0", actor="somebody", reason="a first batch")
+    assert [status(), status()] == ["finished", "reused"]
+    set_default_data(workspace, "tiny@v1.1", actor="somebody", reason="another batch")
+    assert [status(), status()] == ["finished", "reused"]
+    set_default_data(workspace, "tiny@v1.0", actor="somebody", reason="rolled back")
+    assert status() == "finished"
 
 
 def test_an_output_that_was_damaged_later_is_made_again(tmp_path: Path) -> None:

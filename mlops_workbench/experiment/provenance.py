@@ -76,8 +76,7 @@ def notebook_digest(path: Path) -> str:
         ]
     )
 
-# %% ../../nbs/experiment/02_provenance.ipynb #d73436aa
-@cache
+# %% ../../nbs/experiment/02_provenance.ipynb #9680396f
 def installed_packages() -> tuple[str, ...]:
     """Every installed package as `name==version`, sorted, names in lower case with dashes."""
     found = set()

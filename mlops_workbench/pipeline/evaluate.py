@@ -10,7 +10,6 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import SettingsError
-from ..core.ledger import Ledger
 from ..core.settings import GateSettings, Settings
 from ..data.records import DataVersion
 from ..data.versions import DataStore
@@ -80,9 +79,8 @@ def forced_rows(store: DataStore, ref: str) -> int:
 # %% ../../nbs/pipeline/33_evaluate.ipynb #185cfb4d
 def run_gates(stage: Stage, bundle: Path, trained: Manifest, rows: pd.DataFrame) -> GateReport:
     """Measure every gate of the bundle on held-out rows, against the champion where there is one."""
-    ledger = Ledger(stage.workspace.ledger_url)
-    slot = ledger.slot(CHAMPION)
-    champion = ledger.release(slot.digest) if slot else None
+    digest = stage.slot(CHAMPION)
+    champion = stage.ledger.release(digest) if digest else None
     comparable = champion is not None and champion.recipe == stage.recipe.name
     return evaluate_gates(
         stage.workspace,

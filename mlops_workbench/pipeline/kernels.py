@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRELOAD_FIRST', 'PRELOAD_LATER', 'START_SECONDS', 'KEY_DIGITS', 'LOST', 'KERNEL_NAME', 'PROVISIONER_NAME',
-           'installed_packages', 'parent_key', 'connect', 'ask', 'socket_of', 'start_parent', 'parents', 'stop_parents',
-           'ForkedProcess', 'fork_module', 'kernel_specification', 'write_kernelspecs', 'jupyter_environment']
+           'parent_key', 'connect', 'ask', 'socket_of', 'start_parent', 'parents', 'stop_parents', 'ForkedProcess',
+           'fork_module', 'kernel_specification', 'write_kernelspecs', 'jupyter_environment']
 
 # %% ../../nbs/pipeline/03_kernels.ipynb #0e44abaf
 import contextlib
@@ -25,6 +25,7 @@ from typing import Any
 
 from ..core.errors import StageError
 from ..core.files import digest_of, file_lock, sha256_file
+from ..experiment.provenance import installed_packages
 from . import kernel_parent
 from .kernel_parent import PARENT_SETS, receive_message, send_message
 
@@ -41,19 +42,6 @@ PRELOAD_LATER = (
 START_SECONDS = 120.0
 KEY_DIGITS = 16
 
-# %% ../../nbs/pipeline/03_kernels.ipynb #2be98653
-def installed_packages() -> list[str]:
-    """The names and versions of what is installed for this interpreter, from the names of its metadata folders."""
-    found = set()
-    for entry in sys.path:
-        with contextlib.suppress(OSError):
-            found |= {
-                name
-                for name in os.listdir(entry or ".")
-                if name.endswith((".dist-info", ".egg-info"))
-            }
-    return sorted(found)
-
 # %% ../../nbs/pipeline/03_kernels.ipynb #95ec171e
 def parent_key(
     root: Path | None,  # the workspace, for its lock file
@@ -64,7 +52,7 @@ def parent_key(
     lock = root / "requirements.lock" if root is not None else None
     content = {
         "interpreter": [sys.executable, sys.version],
-        "packages": installed_packages(),
+        "packages": list(installed_packages()),
         "lock": sha256_file(lock) if lock is not None and lock.is_file() else "",
         "preload": [list(first), list(later)],
         "parent": sha256_file(Path(kernel_parent.__file__)),

@@ -71,6 +71,7 @@ class Manifest(Record):
     trigger: str = ""
     kernel: str = ""  # "warm", "cold: why" or "by hand"
     upstream: dict[str, str] = {}  # stage -> the run folder that was read, relative to runs/
+    slots: dict[str, str] = {}  # slot of the ledger that was read -> what it held at the end
 
     _folder: Path = PrivateAttr(default=Path())
 
@@ -142,6 +143,7 @@ class Result(Record):
     verdict: str
     summary: str
     data_version: str = ""
+    slots: dict[str, str] = {}  # slot of the ledger that was read -> what it held at the end
 
 # %% ../../nbs/pipeline/06_manifest.ipynb #0fa85305
 def write_record(folder: Path, file: str, record: Record) -> None:

@@ -51,10 +51,10 @@ def write_output(stage: Stage, name: str, value: Any) -> Path:
 # %% ../../nbs/pipeline/30_outcome.ipynb #8854f73c
 def choose_data(stage: Stage, named: str, prepared: Manifest | None) -> str:
     """Return the data version of this stage, for instance flights@v1.1, and record it; UsageError when there is none."""
-    from mlops_workbench.release.deployment import default_data
+    from mlops_workbench.release.deployment import data_slot
 
     ref = named or (prepared.data_version if prepared is not None else "")
-    ref = ref or default_data(stage.workspace, stage.recipe.dataset) or ""
+    ref = ref or stage.slot(data_slot(stage.recipe.dataset)) or ""
     if not ref:
         raise UsageError(
             f"expected a version of the data set {stage.recipe.dataset!r}, found none; "

@@ -16,7 +16,7 @@ from ..monitoring.prediction_store import read_window
 from .outcome import Outcome, decided_by, write_output
 from .stage import Stage
 from ..recipes.protocol import Recipe
-from ..release.deployment import default_data, set_default_data
+from ..release.deployment import data_slot, set_default_data
 
 # %% auto #0
 __all__ = ['read_batch', 'read_file', 'labelled_requests', 'accepted_rows', 'join_batch', 'check_batch', 'words', 'keep_evidence',
@@ -63,7 +63,7 @@ def labelled_requests(
 # %% ../../nbs/pipeline/31_prepare.ipynb #e78b6f6a
 def accepted_rows(stage: Stage) -> pd.DataFrame | None:
     """Return the rows of the data set's default version, or None when there is no version yet."""
-    ref = default_data(stage.workspace, stage.recipe.dataset)
+    ref = stage.slot(data_slot(stage.recipe.dataset))
     return None if ref is None else stage.data.load(ref)
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #506e43d9
@@ -131,7 +131,7 @@ def snapshot_batch(
         message=message,
         force=force,
         validate=lambda *_: report,
-        parent=default_data(stage.workspace, stage.recipe.dataset),
+        parent=stage.slot(data_slot(stage.recipe.dataset)),
     )
     stage.data_version = version.ref
     forced = "forced although the checks refuse it" if refused else "accepted"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS_READ_BY_STAGES', 'NO_CODE', 'workspace_code', 'library_folder', 'code_digest', 'data_reference',
-           'named_version', 'upstream_runs', 'reuse_key']
+           'named_version', 'upstream_runs', 'slots_stand', 'reuse_key']
 
 # %% ../../nbs/pipeline/10_reuse.ipynb #da0d3938
 import json
@@ -24,7 +24,7 @@ from ..experiment.provenance import recipe_digest
 from .contract import JsonValue
 from .cycles import Cycle, finished_run
 from .data_line import DATA_PARAMETERS, counts, default_version
-from .manifest import Manifest
+from .manifest import Manifest, read_manifest
 from .notebooks import StageNotebook
 
 # %% ../../nbs/pipeline/10_reuse.ipynb #b194d4f0
@@ -113,7 +113,7 @@ def named_version(
     except (WorkbenchError, IndexError, ValueError, KeyError):
         return "", ""
 
-# %% ../../nbs/pipeline/10_reuse.ipynb #e0e8fd67
+# %% ../../nbs/pipeline/10_reuse.ipynb #5e7a316a
 def _default_digest(
     workspace: Workspace, parameters: Mapping[str, JsonValue], upstream: Mapping[str, Manifest]
 ) -> str:
@@ -148,6 +148,23 @@ def upstream_runs(
                 f"run both: mwb run {needed.stage} {stage.name}"
             )
     return found
+
+# %% ../../nbs/pipeline/10_reuse.ipynb #185c3899
+def slots_stand(workspace: Workspace, manifest: Manifest) -> bool:
+    """Whether every slot that a finished run read holds what it left there, or the release made of it."""
+    if not manifest.slots:
+        return True
+    from mlops_workbench.core.ledger import Ledger
+
+    ledger = Ledger(workspace.ledger_url)
+    now = {slot.name: slot.digest for slot in ledger.slots()}
+    moved = [name for name, left in manifest.slots.items() if now.get(name, "") != left]
+    if not moved:
+        return True
+    read = (read_manifest(workspace.runs / folder) for folder in manifest.upstream.values())
+    own = {manifest.run_id, *(found.run_id for found in read if found is not None)}
+    made = {release.digest for release in ledger.releases() if release.run_id in own}
+    return all(now.get(name) in made for name in moved)
 
 # %% ../../nbs/pipeline/10_reuse.ipynb #4f952230
 def reuse_key(

@@ -32,7 +32,6 @@ from mlops_workbench.pipeline.cycles import (
     open_runs,
     read_cycle,
 )
-from .data_line import counts
 from mlops_workbench.pipeline.manifest import (
     NOTEBOOK_FILE,
     Failure,
@@ -41,7 +40,7 @@ from mlops_workbench.pipeline.manifest import (
     read_manifest,
 )
 from .notebooks import StageNotebook, choose_stages, find_stages
-from .reuse import code_digest, reuse_key, upstream_runs
+from .reuse import code_digest, reuse_key, slots_stand, upstream_runs
 
 # %% ../../nbs/pipeline/15_runner.ipynb #436ec88c
 def distribute(
@@ -213,15 +212,17 @@ class Plan:
         here = finished_run(self.workspace, cycle, stage.name)
         if self.force or (stage.schema.always and not (continued and self.everything)):
             return None
-        if here is not None and self._holds(here, key):
+        if here is not None and here.reuse_key == key and self.intact(here):
             return here
         folder = find_run(self.workspace, key) if not stage.schema.always else None
         there = read_manifest(folder) if folder is not None else None
-        return there if there is not None and self._holds(there, key) else None
+        return (
+            there if there is not None and there.reuse_key == key and self.intact(there) else None
+        )
 
-    def _holds(self, run: Manifest, key: str) -> bool:
-        """Whether a finished run has this key, its outputs as it left them, and data that was not taken back."""
-        return run.reuse_key == key and outputs_intact(run) and counts(self.workspace, run)
+    def intact(self, manifest: Manifest) -> bool:
+        """Whether a finished run can stand for one of today: its outputs are there, and the slots it read stand."""
+        return outputs_intact(manifest) and slots_stand(self.workspace, manifest)
 
     def nothing_to_do(self, cycle: Cycle | None) -> list[Manifest] | None:
         """The finished runs of all stages when none has to run and nothing has to be written; else None."""
@@ -233,7 +234,7 @@ class Plan:
             if here is None or stage.schema.always:
                 return None
             key, _ = self.key(stage, cycle)
-            if not self._holds(here, key):
+            if here.reuse_key != key or not self.intact(here):
                 return None
             found.append(here)
             if here.verdict == "refused":

@@ -82,6 +82,7 @@ class Stage:
             time.monotonic(),
             False,
         )
+        self._slots: set[str] = set()  # that were read
         self._hardware = HardwareSampler(os.getpid(), self.recorder, SAMPLE_SECONDS).start()
 
     @property
@@ -143,6 +144,12 @@ class Stage:
             )
         return manifest
 
+    def slot(self, name: str) -> str | None:
+        """What fills a slot of the ledger, None when it was never filled; the run is used again only while that stands."""
+        self._slots.add(name)
+        found = self.ledger.slot(name)
+        return found.digest if found else None
+
     def output(self, name: str) -> Path:
         """The path for an output file of this run; its folder exists."""
         path = safe_join(self.folder / OUTPUTS, name)
@@ -170,6 +177,7 @@ class Stage:
             verdict=verdict,
             summary=summary,
             data_version=self.data_version,
+            slots={name: self.slot(name) or "" for name in sorted(self._slots)},
         )
         self._hardware.stop()
         if numbers:

@@ -1,0 +1,16 @@
+"""The order of the test files: the longest first, so that no worker is left alone with one at the end."""
+
+import pytest
+
+LONGEST_FIRST = (
+    "test_readme.py",
+    "test_data_versions.py",
+    "test_experiment_tracking.py",
+    "test_training.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the tests of the longest files to the front; the order within a file stays."""
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
