@@ -208,13 +208,19 @@ class ExpiringProxy:
                     self.reply(400, {"Content-Type": "application/xml"}, EXPIRED)
                     return
                 connection = http.client.HTTPConnection("127.0.0.1", proxy.target, timeout=60)
-                connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                connection.putrequest(
+                    self.command, self.path, skip_host=True, skip_accept_encoding=True
+                )
                 for name, value in self.headers.items():
                     connection.putheader(name, value)
                 connection.endheaders(body)
                 found = connection.getresponse()
                 content = found.read()
-                kept = {n: v for n, v in found.getheaders() if n.lower() not in ("transfer-encoding", "connection")}
+                kept = {
+                    n: v
+                    for n, v in found.getheaders()
+                    if n.lower() not in ("transfer-encoding", "connection")
+                }
                 self.reply(found.status, kept, content)
                 connection.close()
 

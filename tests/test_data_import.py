@@ -113,7 +113,9 @@ def dvc_tree(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
 
 
 def test_what_dvc_tracks(
-    store: DataStore, dvc_tree: tuple[Path, dict[str, np.ndarray]], capsys: pytest.CaptureFixture[str]
+    store: DataStore,
+    dvc_tree: tuple[Path, dict[str, np.ndarray]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     root, drawn = dvc_tree
     assert taken(store, root / "pets") == 0

@@ -70,9 +70,7 @@ def forget_all_copies(store: DataStore) -> None:
 
 
 @pytest.fixture(params=[pytest.param("folder", marks=pytest.mark.slow), "s3", "ssh"])
-def address(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> str:
+def address(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A remote of each kind, and what a person needs in the environment."""
     if request.param == "folder":
         return str(tmp_path / "far")
@@ -289,7 +287,9 @@ def test_ssh_refuses_in_words_that_help(
     use_key(store, ssh, "stranger", address)
     assert main(["data", "push", *here]) == 1
     text = capsys.readouterr().err
-    assert "refused" in text and str(ssh.folder / "stranger") in text and ".dvc/config.local" in text
+    assert (
+        "refused" in text and str(ssh.folder / "stranger") in text and ".dvc/config.local" in text
+    )
     use_key(store, ssh, "nobody", address)
     assert main(["data", "push", *here]) == 1
     assert "expected the key file" in capsys.readouterr().err
@@ -338,7 +338,9 @@ def test_expired_credentials_pause_and_go_on(
     pd.testing.assert_frame_equal(store.load("flights"), frame)
 
 
-def test_what_is_damaged_here_is_not_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_damaged_here_is_not_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = new_store(tmp_path)
     two_versions(store)
     flip_byte(max(files_under(store.dvc.cache), key=lambda path: path.stat().st_size))

@@ -108,9 +108,7 @@ def many_releases(ledger: Ledger, count: int, refs: list[str]) -> None:
 
 def test_rows_are_found_among_ten_thousand_releases_in_a_second(store: DataStore) -> None:
     frame = table(20_000)
-    refs = [
-        store.snapshot("flights", frame[: 5000 * part], **NAMES).ref for part in (1, 2, 3, 4)
-    ]
+    refs = [store.snapshot("flights", frame[: 5000 * part], **NAMES).ref for part in (1, 2, 3, 4)]
     ledger = Ledger(store.workspace.ledger_url)
     many_releases(ledger, 10_000, refs)
     report = ledger.verify()
@@ -242,9 +240,7 @@ def test_after_a_rollback_nothing_that_stands_on_the_bad_data_is_used_again(
     assert shown(trained) == [("train", "finished", "flights@v1.0")]
     assert shown(run_stages(workspace, ["train"]))[0][1] == "reused"
     # whoever asks for the bad version by name gets the finished run of nobody else
-    asked = run_stages(
-        workspace, ["train"], parameters={"train": {"data_version": "flights@v1.1"}}
-    )
+    asked = run_stages(workspace, ["train"], parameters={"train": {"data_version": "flights@v1.1"}})
     assert shown(asked) == [("train", "finished", "flights@v1.1")]
     # the batch that made the bad version is taken again, joined to the default
     again = turn(factory, 1)

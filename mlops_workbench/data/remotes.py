@@ -21,7 +21,7 @@ from ..core.errors import DataError, UsageError, WorkbenchError, shorten
 from ..core.files import write_atomic
 from .dvc import REMOTE, DvcStore
 
-# %% ../../nbs/data/22_remotes.ipynb #c43c91ad
+# %% ../../nbs/data/22_remotes.ipynb #6d0be2d6
 SCHEMES = {
     "s3": "dvc-s3",
     "ssh": "dvc-ssh",
@@ -102,8 +102,8 @@ def remote_sizes(remote: Remote, work: Path) -> dict[str, int]:
             found = database.fs.fs.find(database.path, detail=True)
         except FileNotFoundError:
             return {}
-    paths = {Path(name): int(info["size"]) for name, info in found.items()}
-    return {path.parent.name + path.name: size for path, size in paths.items()}
+    sizes = {Path(name): int(info["size"]) for name, info in found.items()}
+    return {path.parent.name + path.name: size for path, size in sizes.items()}
 
 # %% ../../nbs/data/22_remotes.ipynb #b452d22e
 def remove_objects(remote: Remote, work: Path, hashes: Iterable[str]) -> None:
@@ -195,7 +195,7 @@ def _server_says(remote: Remote, work: Path, said: str) -> str:
         with _open_database(remote, work) as database:
             bucket = remote.address.removeprefix("s3://").partition("/")[0]
             database.fs.fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 -- every file system has errors of its own
         cause = error.__cause__ or error
         return f"{type(cause).__name__}: {cause}"
     return ""
