@@ -230,7 +230,7 @@ FAULTS: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     "kilometres in range": (lambda f: f.assign(distance=f.distance * 1.609344), "distance"),
     "swapped columns of one kind": (lambda f: _swap(f, "temp", "dewp"), "temp"),
     "Celsius in one of two columns": (lambda f: f.assign(temp=(f.temp - 32) / 1.8), "temp"),
-    "a column shifted against the rows": (lambda f: f.assign(dewp=f.dewp.sample(frac=1, random_state=0).to_numpy()), "dewp"),
+    "a column shifted against the rows": (lambda f: f.assign(dewp=f.dewp.sample(frac=1, random_state=0).to_numpy()), "temp"),
     "turned labels": (lambda f: f.assign(late=1 - f.late), "late"),
     "shuffled labels": (lambda f: f.assign(late=f.late.sample(frac=1, random_state=0).to_numpy()), "late"),
 }  # fmt: skip
@@ -427,12 +427,11 @@ def test_fifteen_wrong_labels_of_a_thousand_digits_are_held_back_and_hardly_any_
         classes = report.labels.report.classes
         assert abs(classes["wrong"].sum() - report.labels.report.estimated_wrong) < 0.1
         assert ((classes["low"] <= classes["wrong"]) & (classes["wrong"] <= classes["high"])).all()
-        clean = validate_batch(batch, previous=accepted, separate=True, **names)
-        assert clean.verdict != "refuse" and len(clean.held) <= 5, (
-            "five in a thousand may be looked at"
-        )
-    assert hits >= 25 and covered == 3, (hits, others, covered)
-    assert others <= 15, (hits, others)
+    assert hits >= 25 and covered == 3 and others <= 15, (hits, others, covered)
+    clean = validate_batch(batch, previous=accepted, separate=True, **names)
+    assert clean.verdict != "refuse" and len(clean.held) <= 5, (
+        "a few in a thousand may be looked at"
+    )
 
 
 def test_fifteen_wrong_labels_of_a_thousand_flights_are_not_cried_about() -> None:
@@ -453,7 +452,7 @@ def test_a_schema_proposed_from_a_quarter_lets_the_other_months_pass_and_finds_f
     false = {
         n: [p.line() for p in check_schema(month(n), schema, "flight_id")] for n in range(4, 13)
     }
-    assert sum(bool(lines) for lines in false.values()) <= 1, false
+    assert sum(bool(lines) for lines in false.values()) == 0, false
     june, caught = month(6), 0
     names = ("pascal", "a turned sign", "new categories", "spaces around text", "labels of another code",
              "a column that is empty", "doubled rows", "missing keys", "numbers as text", "a negative hour")  # fmt: skip
