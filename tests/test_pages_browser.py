@@ -25,6 +25,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace, create_workspace
+from mlops_workbench.pages.voila_server import apps_folder
 
 pytestmark = [
     pytest.mark.browser,
@@ -205,7 +206,8 @@ def test_pages_work_as_cells_in_jupyterlab(
     factory, _, _ = served
     for name in ("experiments", "monitoring"):
         code = f"from mlops_workbench.pages.{name} import {name}_page\n\n{name}_page()"
-        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+        notebook = nbformat.read(apps_folder() / f"{name}.ipynb", as_version=4)
+        notebook.cells = [nbformat.v4.new_code_cell(code)]
         nbformat.write(notebook, factory.workspace.root / f"{name}.ipynb")
     with lab_running(factory.workspace, LAB_TOKEN) as address:
         page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
@@ -332,7 +334,9 @@ def test_data_versions_are_compared_by_keyboard(
     expect(page.get_by_text("are being compared")).to_be_visible()
     added = page.get_by_role("group", name="added")
     expect(added).to_contain_text("400 rows", timeout=30_000)
-    expect(page.get_by_role("img", name="image brightness", exact=False)).to_have_count(1)
+    focus_by_tab(page, ".mwb details:has(.mwb-chart) summary")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("img", name="image brightness", exact=False)).to_be_visible()
     assert_readable(page, DATA_TEXTS)
     page.emulate_media(color_scheme="light")
     assert_readable(page, DATA_TEXTS)

@@ -170,6 +170,9 @@ def test_a_lost_version_is_said_and_breaks_nothing_else(workspace: Workspace) ->
     page = data_page(workspace)
     assert "These versions cannot be compared" in page.difference.value
     assert "cannot be compared" in page.timeline.value and "+300 added" in page.timeline.value
+    assert len(open_requests(workspace.read_models)) == 1  # whoever opens the page tries once more
+    data_work.work_once(workspace)
+    page.update()
     assert not data_work.work_waits(workspace)
 
 

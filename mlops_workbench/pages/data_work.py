@@ -12,10 +12,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from ..core.errors import WorkbenchError
+from ..core.errors import DataError, WorkbenchError
 from ..core.workspace import Workspace
 from ..data.records import DataVersion
 from ..data.versions import DataStore
@@ -30,8 +31,24 @@ from mlops_workbench.pages.requests import (
 )
 
 # %% auto #0
-__all__ = ['MOST_PAIRS', 'KEPT_DIFFS', 'compare_pair', 'missing_pairs', 'carry_out', 'answer_requests', 'work_once', 'work_waits',
-           'start_work', 'main']
+__all__ = ['MOST_PAIRS', 'KEPT_DIFFS', 'marked_attempt', 'compare_pair', 'missing_pairs', 'carry_out', 'answer_requests',
+           'work_once', 'work_waits', 'start_work', 'main']
+
+# %% ../../nbs/pages/12_data_work.ipynb #56f9f5c7
+@contextmanager
+def marked_attempt(mark: Path) -> Iterator[None]:
+    """Leave a mark while the block runs; DataError when an earlier process died there, and the next one may try again."""
+    if mark.exists():
+        mark.unlink()
+        raise DataError(
+            "the process that compared them died while it did, perhaps for want of memory; open the page again to try again"
+        )
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
 
 # %% ../../nbs/pages/12_data_work.ipynb #672681c7
 MOST_PAIRS = 50  # of a parent and its child that are compared before anybody asks
@@ -43,7 +60,9 @@ def compare_pair(workspace: Workspace, store: DataStore, before: str, after: str
     sides = store.resolve(before), store.resolve(after)
     path = diff_path(workspace.read_models, *(t for s in sides for t in (s.ref, s.digest)))
     try:
-        write_model(path, diff_tables(store, *sides))
+        with marked_attempt(path.with_suffix(".begun")):
+            tables = diff_tables(store, *sides)
+        write_model(path, tables)
     except (WorkbenchError, OSError, ValueError, KeyError, TypeError, MemoryError) as error:
         write_model(path, problem_tables(sides[0].ref, sides[1].ref, str(error) or repr(error)))
         raise
@@ -135,14 +154,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     workspace, stop = Workspace.open(chosen.workspace), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    worked = time.monotonic()
-    work_once(workspace)
-    while not stop.wait(0.2) and chosen.parent in (None, os.getppid()):
-        if open_requests(workspace.read_models):
-            work_once(workspace)
-            worked = time.monotonic()
-        if time.monotonic() - worked > chosen.linger:
-            return 0
+    try:
+        work_once(workspace)
+        worked = time.monotonic()
+        while not stop.wait(0.2) and chosen.parent in (None, os.getppid()):
+            if open_requests(workspace.read_models):
+                work_once(workspace)
+                worked = time.monotonic()
+            if time.monotonic() - worked > chosen.linger:
+                break
+    except WorkbenchError as error:
+        print(f"data work: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
     return 0
 
 # %% ../../nbs/pages/12_data_work.ipynb #afa59c6f

@@ -220,10 +220,10 @@ def wait_and_serve(
 ) -> subprocess.Popen[bytes] | None:
     """Wait for the time of the next look; start the process that reads rows where it has something to do, and return it."""
     until = time.monotonic() + workspace.settings.pages.refresh_seconds
-    is_asked = work_waits(workspace)
+    is_asked, is_started = work_waits(workspace), False
     while not stop.is_set() and time.monotonic() < until:
-        if is_asked and (worker is None or worker.poll() is not None):
-            worker = start_work(workspace)
+        if is_asked and not is_started and (worker is None or worker.poll() is not None):
+            worker, is_started = start_work(workspace), True  # once: it may be unable to start
         stop.wait(0.25)
         is_asked = bool(open_requests(workspace.read_models))
     return worker
