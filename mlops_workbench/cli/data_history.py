@@ -166,7 +166,7 @@ def collect_garbage(
     print_table(rows, False, empty="no data version yet")
     click.echo(
         f"{'deleted' if yes else 'would delete'}: {found.cache_objects} objects of the cache, "
-        f"{found.folders} folders, {found.remote_objects} objects of the remote; {found.bytes:,} bytes"
+        f"{found.remote_objects} objects of the remote; {found.bytes:,} bytes"
     )
     if not yes:
         click.echo("nothing was deleted; add --yes")

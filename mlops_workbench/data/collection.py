@@ -8,7 +8,6 @@ __all__ = ['Collection', 'pointer_hashes', 'collect']
 # %% ../../nbs/data/25_collection.ipynb #8b2446a8
 import html
 import json
-import shutil
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,8 +34,6 @@ class Collection:
     cache_bytes: int
     remote_objects: int
     remote_bytes: int
-    folders: int  # of versions ready to read
-    folder_bytes: int
     records: tuple[Mapping[str, Any], ...] = field(
         default=(), repr=False
     )  # of the dropped versions
@@ -45,7 +42,7 @@ class Collection:
     @property
     def bytes(self) -> int:
         """All that becomes free."""
-        return self.cache_bytes + self.remote_bytes + self.folder_bytes
+        return self.cache_bytes + self.remote_bytes
 
     def _repr_html_(self) -> str:
         rows = [(ref, "kept: " + ", ".join(why)) for ref, why in self.kept.items()]
@@ -136,7 +133,6 @@ def collect(
             for path in sorted(store.dvc.cache.glob("*/*"))
             if path.parent.name + path.name not in keep
         }
-        folders = _unneeded_folders(store, {f"{tag.name}@{tag.version}": tag for tag in tags}, live)
         far = _remote_objects(store, work, dropped, keep) if remote else {}
         result = Collection(
             {ref: tuple(dict.fromkeys(needed.get(ref, ("a branch",)))) for ref in live},
@@ -145,8 +141,6 @@ def collect(
             sum(cache.values()),
             len(far),
             sum(far.values()),
-            len(folders),
-            sum(_size(folder) for folder in folders),
             tuple(_record(tag) for tag in dropped),
             delete,
         )
@@ -159,8 +153,6 @@ def collect(
                 remove_objects(find_remote(store.dvc), work, far)
             for path in cache:
                 path.unlink(missing_ok=True)
-            for folder in folders:
-                shutil.rmtree(folder, ignore_errors=True)
     return result
 
 # %% ../../nbs/data/25_collection.ipynb #df98564f
@@ -176,18 +168,6 @@ def _divide(
         else:
             dropped.append(tag)
     return live, dropped
-
-# %% ../../nbs/data/25_collection.ipynb #4190c0a5
-def _unneeded_folders(
-    store: DataStore, tags: Mapping[str, TaggedFiles], live: Mapping[str, str]
-) -> list[Path]:
-    """The folders ready to read of versions that do not stay."""
-    digests = {json.loads(tags[ref].record)["digest"] for ref in live}
-    return [
-        folder
-        for folder in sorted(store.places.ready.glob("*"))
-        if folder.is_dir() and not folder.name.startswith(".") and folder.name not in digests
-    ]
 
 # %% ../../nbs/data/25_collection.ipynb #d087ece3
 def _remote_objects(
@@ -211,8 +191,3 @@ def _record(tag: TaggedFiles) -> dict[str, Any]:
     record = json.loads(tag.record)
     known = {name: record[name] for name in ("digest", "rows", "message", "created_at")}
     return {"ref": f"{tag.name}@{tag.version}", "commit": tag.commit, **known}
-
-# %% ../../nbs/data/25_collection.ipynb #796ed24e
-def _size(folder: Path) -> int:
-    """The bytes of all files under a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

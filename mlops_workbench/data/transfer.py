@@ -209,6 +209,18 @@ def _compare(batch: _Batch, sizes: Mapping[str, int | None]) -> None:
             f"{len(bad)} missing or of another size, first {bad[0]}; push again"
         )
 
+# %% ../../nbs/data/23_transfer.ipynb #6c92b92c
+def _remove_damaged(store: dvc.DvcStore, pointer: str) -> list[Path]:
+    """Take the damaged objects of a version out of the cache, so that the next fetch asks the remote; their paths."""
+    roots = dvc.damaged_objects(pointer, store.cache, {})
+    files = {} if roots else dvc.listing(store, pointer)
+    paths = dvc.object_paths(pointer, store.cache, files)
+    found = dvc.damaged_objects(pointer, store.cache, files)
+    removed = [paths[name] for name, what in found.items() if what == "damaged"]
+    for path in removed:
+        path.unlink(missing_ok=True)
+    return removed
+
 # %% ../../nbs/data/23_transfer.ipynb #a25effad
 def pull(
     store: DataStore,
@@ -226,7 +238,7 @@ def pull(
         mended = [
             path.parent.name + path.name
             for pointer in batch.pointers.values()
-            for path in dvc.remove_damaged(batch.places.dvc, pointer)
+            for path in _remove_damaged(batch.places.dvc, pointer)
         ]
         before = _cached(batch.places.dvc.cache)
         batch.run("fetch")

@@ -137,9 +137,11 @@ def find_keys(
 # %% ../../nbs/data/20_usage.ipynb #1e12fb69
 def _matching_rows(store: DataStore, version: DataVersion, wanted: pa.Array) -> pa.Table:
     """Key, label and batch of the wanted rows of a version, from its row manifest."""
-    manifest = store._manifest(*store._tagged(version))
-    chosen = pc.is_in(manifest["key"], value_set=wanted)
-    return manifest.select(["key", "label", "batch"]).filter(chosen)
+    stored = store.stored(version)
+    chosen = pc.is_in(stored.keys, value_set=wanted)
+    if not pc.any(chosen).as_py():
+        return pa.table({name: pa.array([], pa.string()) for name in ("key", "label", "batch")})
+    return stored.row_manifest().select(["key", "label", "batch"]).filter(chosen)
 
 # %% ../../nbs/data/20_usage.ipynb #7a3513f5
 def used_by(store: DataStore, name: str, keys: Iterable[object]) -> RowUse:

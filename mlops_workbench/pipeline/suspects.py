@@ -22,7 +22,7 @@ from ..data.versions import DataStore
 from ..experiment.retrains import row_losses
 from ..experiment.sequential import Comparison
 from ..monitoring.champion import read_part
-from ..monitoring.directions import number_direction
+from ..data.directions import number_direction
 from ..monitoring.drift import DriftReport, drift
 from ..monitoring.prediction_store import read_window
 from ..monitoring.service import ServiceFigures, window_service
