@@ -65,7 +65,7 @@ def two_versions(store: DataStore, rows: int = 3000) -> pd.DataFrame:
 
 def forget_all_copies(store: DataStore) -> None:
     """Lose everything here but git: as a fresh clone on another machine."""
-    for folder in (store.dvc.cache, store.places.ready, store.workspace.state / "remote"):
+    for folder in (store.dvc.cache, store.workspace.state / "remote"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -115,7 +115,6 @@ def test_the_remote_of_the_settings_is_written_by_snapshots(s3: S3Server, tmp_pa
         assert len(s3.objects("settings")) > 4
         assert push(store).moved == 0
         shutil.rmtree(store.dvc.cache)
-        shutil.rmtree(store.places.ready)
         assert pull(store, ["flights@v1.1"]).moved > 0
         pd.testing.assert_frame_equal(store.load("flights"), frame)
 
