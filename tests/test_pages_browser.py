@@ -192,12 +192,18 @@ def test_the_keyboard_reaches_and_works_everything(
 
 
 def run_cell(page: Page, address: str, name: str) -> None:
-    """Open a notebook in JupyterLab, wait for its kernel and run its first cell."""
-    page.goto(f"{address}/lab/tree/{name}.ipynb?token={LAB_TOKEN}", timeout=PATIENCE_MS)
+    """Open a notebook in JupyterLab and run its first cell; JupyterLab loses what comes before its kernel is ready."""
+    page.goto(f"{address}/lab/tree/{name}.ipynb?token={LAB_TOKEN}&reset", timeout=PATIENCE_MS)
     idle = '.jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status="idle"]'
     page.wait_for_selector(idle, timeout=PATIENCE_MS)
-    page.locator(".jp-CodeCell .cm-content").first.click()
-    page.keyboard.press("Shift+Enter")
+    cell = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell").first
+    for _ in range(10):
+        cell.locator(".cm-content").click()
+        page.keyboard.press("Control+Enter")
+        page.wait_for_timeout(1000)
+        if cell.locator(".jp-InputPrompt").inner_text().strip() != "[ ]:":
+            return
+    raise AssertionError("the cell was never run")
 
 
 def test_pages_work_as_cells_in_jupyterlab(

@@ -46,7 +46,7 @@ def closing_words(folder: Path) -> str:
     """Return what to do next, as commands."""
     return (
         f"The workspace stays in {folder}/ with every executed notebook under {folder}/runs/.\n"
-        f"  mwb pages -w {folder}          two pages in the browser: experiments and monitoring\n"
+        f"  mwb pages -w {folder}          three pages in the browser: experiments, data, monitoring\n"
         f"  mwb up -w {folder}             server, monitor, notifications, MLflow and pages together\n"
         f"  mwb status -w {folder}         everything at a glance\n"
         f"  mwb lab -w {folder}            the stage notebooks in JupyterLab\n"

@@ -93,7 +93,7 @@ def effect_text(column: Row) -> str:
 def column_chart(column: Row) -> str:
     """Return one column drawn before and after."""
     shape = json.loads(column["shape"])
-    words = column["words"] or "as before"
+    words = column["words"].replace("->", "\u2192") or "as before"
     missing = column["measure"] == "missing share"
     title = f"{column['name']}: missing" if missing else column["name"]
     head = (

@@ -30,7 +30,7 @@ def row_html(row: Row) -> str:
     if row["likely"] and row["likely"] != row["label"]:
         label += f", likely <strong>{escape(row['likely'])}</strong>"
     if row["wrong"] is not None:
-        label += f"; the label is wrong with {row['wrong']:.1%}"
+        label += f"; {row['wrong']:.1%} sure that it is wrong"
     reason = f"<p>{escape(row['reason'])}</p>" if row["reason"] else ""
     cells = f'<p class="cells">{escape(row["cells"])}</p>' if row["cells"] else ""
     return f'<div class="mwb-waiting">{picture}<div><b>{escape(row["key"])}</b><p>{label}</p>{reason}{cells}</div></div>'
