@@ -150,14 +150,17 @@ def upper_deviation(effect: Effect) -> float:
 
 # %% ../../nbs/experiment/21_sequential.ipynb #2b357811
 def is_on_bad_side(
-    train: Callable[[int], Retrain], effect: Effect, error: float = STEP_ERROR
+    train: Callable[[int], Retrain],
+    effect: Effect,
+    error: float = STEP_ERROR,
+    most_repeats: int = MOST_STEP_REPEATS,  # after which the likelier side is taken
 ) -> tuple[bool, list[Retrain]]:
     """Whether a version's loss is that of the bad end, and the retrains that it took."""
     gap = effect.loss_after - effect.loss_before
     middle = (effect.loss_after + effect.loss_before) / 2
     variance = max(upper_deviation(effect), 1e-6) ** 2
     limit, said, runs = math.log((1 - error) / error), 0.0, []
-    for seed in range(MOST_STEP_REPEATS):
+    for seed in range(most_repeats):
         runs.append(train(seed))
         said += (runs[-1].loss - middle) * gap / variance
         if abs(said) >= limit:

@@ -5,6 +5,7 @@
 # %% ../../nbs/pipeline/50_culprit.ipynb #1f45a7a8
 from __future__ import annotations
 
+import math
 import time
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from ..data.changes import Changes, ChangeSet, read_changes, versions_between
 from ..data.versions import DataStore
 from ..experiment.retrains import Budget, Retrain, Retrainer
 from mlops_workbench.experiment.sequential import (
+    MOST_STEP_REPEATS,
     Comparison,
     compare_sides,
     first_bad,
@@ -132,10 +134,21 @@ class Inquiry:
         self.say(f"{title}, seed {seed}: loss {run.loss:.3f}, accuracy {run.accuracy:.1%}")
         return run
 
-    def place(self, search: str, title: str, frame: pd.DataFrame, comparison: Comparison) -> bool:
-        """Whether rows between the ends belong to the bad side; kept as a step."""
+    def allowed_repeats(self, change_sets: int, to_come: int) -> int:
+        """How often the next question may train, so that one training is left for each that is still to come."""
+        limit = retrain_limit(len(self.line) - 1, change_sets)
+        left = limit - len(self.retrainer.asked) - to_come
+        return max(1, min(MOST_STEP_REPEATS, left))
+
+    def place(
+        self, search: str, title: str, frame: pd.DataFrame, comparison: Comparison, count: int
+    ) -> bool:
+        """Whether rows between the ends belong to the bad side; kept as a step of a search among `count`."""
+        made = sum(step.search == search for step in self.steps)
+        to_come = math.ceil(math.log2(count)) - made - 1
+        repeats = self.allowed_repeats(count if search == "changes" else 1, max(to_come, 0))
         is_bad, runs = is_on_bad_side(
-            lambda seed: self.train(title, frame, seed), comparison.effect
+            lambda seed: self.train(title, frame, seed), comparison.effect, most_repeats=repeats
         )
         loss = float(np.mean([run.loss for run in runs]))
         accuracy = float(np.mean([run.accuracy for run in runs]))
@@ -144,25 +157,24 @@ class Inquiry:
 
     def bad_version(self, comparison: Comparison) -> int:
         """The place of the first bad version on the line."""
-        return first_bad(
-            len(self.line) - 1,
-            lambda place: self.place(
-                "versions", self.line[place], self.rows(self.line[place]), comparison
-            ),
-        )
+        count = len(self.line) - 1
+
+        def is_bad(place: int) -> bool:
+            ref = self.line[place]
+            return self.place("versions", ref, self.rows(ref), comparison, count)
+
+        return first_bad(count, is_bad)
 
     def bad_change(self, changes: Changes, comparison: Comparison) -> ChangeSet:
         """The first change of a version with which it is bad."""
-        number = first_bad(
-            len(changes.sets),
-            lambda count: self.place(
-                "changes",
-                " + ".join(change.name for change in changes.sets[:count]),
-                changes.apply(changes.sets[:count]),
-                comparison,
-            ),
-        )
-        return changes.sets[number - 1]
+        count = len(changes.sets)
+
+        def is_bad(taken: int) -> bool:
+            title = " + ".join(change.name for change in changes.sets[:taken])
+            rows = changes.apply(changes.sets[:taken])
+            return self.place("changes", title, rows, comparison, count)
+
+        return changes.sets[first_bad(count, is_bad) - 1]
 
 # %% ../../nbs/pipeline/50_culprit.ipynb #70761e0e
 def changed_rows(changes: Changes, change: ChangeSet) -> pd.DataFrame:
