@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .look import Markup, escape, short, table_html
+from .look import escape, short, table_html
 
 # %% auto #0
 __all__ = ['Row', 'KINDS', 'TITLES', 'counts_html', 'flows_html', 'steps_path', 'histogram_svg', 'bars_html', 'effect_text',
