@@ -1,4 +1,4 @@
-"""Is a batch good: 25 kinds of corruption, real clean months, 1,000 wrong labels in June."""
+"""Is a batch good: 43 kinds of corruption, real clean months, wrong labels, quarantine and review."""
 
 import json
 from collections.abc import Callable
@@ -14,11 +14,16 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
 from mlops_workbench.cli.main import main
-from mlops_workbench.core.errors import DataRefusedError
+from mlops_workbench.core.errors import DataError, DataRefusedError
+from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.settings import DataSettings
+from mlops_workbench.data.columns import check_schema
+from mlops_workbench.data.infer_schema import build_schema, infer_rules
 from mlops_workbench.data.labels import check_labels, suspicious_labels
+from mlops_workbench.data.quarantine import hold_rows, review_list, review_rows, split_batch
 from mlops_workbench.data.validation import BatchRefusedError, ValidationReport, validate_batch
 from mlops_workbench.data.versions import DataStore
+from mlops_workbench.pipeline.prepare import read_file
 
 NUMBERS = [
     "hour", "distance", "temp", "dewp", "humid", "wind_speed", "precip", "pressure", "visib",
@@ -73,8 +78,9 @@ def turn_labels(batch: pd.DataFrame, rows: int, seed: int = 0) -> tuple[pd.DataF
 
 @pytest.mark.parametrize("number", range(2, 13))
 def test_a_clean_month_is_accepted(number: int) -> None:
-    report = judge(month(number), month(*range(1, number)))
-    assert report.verdict == "accept", [problem.line() for problem in report.refused]
+    report = judge(month(number), month(*range(1, number)), separate=True)
+    assert report.verdict == "accept", [problem.line() for problem in report.problems]
+    assert report.held == () and report.distributions is not None
 
 
 def test_june_with_a_thousand_wrong_labels_is_refused_and_the_rows_are_named() -> None:
@@ -224,8 +230,8 @@ FAULTS: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     "kilometres in range": (lambda f: f.assign(distance=f.distance * 1.609344), "distance"),
     "swapped columns of one kind": (lambda f: _swap(f, "temp", "dewp"), "temp"),
     "Celsius in one of two columns": (lambda f: f.assign(temp=(f.temp - 32) / 1.8), "temp"),
-    "a column shifted against the rows": (lambda f: f.assign(dewp=f.dewp.sample(frac=1, random_state=0).to_numpy()), "dewp"),
-    "labels off by one row": (lambda f: f.assign(late=np.roll(f.late, 1)), "late"),
+    "a column shifted against the rows": (lambda f: f.assign(dewp=f.dewp.sample(frac=1, random_state=0).to_numpy()), "temp"),
+    "turned labels": (lambda f: f.assign(late=1 - f.late), "late"),
     "shuffled labels": (lambda f: f.assign(late=f.late.sample(frac=1, random_state=0).to_numpy()), "late"),
 }  # fmt: skip
 
@@ -346,3 +352,126 @@ def test_the_command_line_refuses_with_exit_code_4(
     assert "own@v1.1  forced" in capsys.readouterr().out
     assert main(["data", "list", "--json", *here]) == 0
     assert [row["forced"] for row in json.loads(capsys.readouterr().out)] == [False, True]
+
+
+# held back
+
+
+def test_few_bad_rows_wait_in_quarantine_and_the_rest_goes_on(tmp_path: Path) -> None:
+    store, accepted, batch = new_store(tmp_path), month(1, 2, 3), month(4)
+    names = {"key": "flight_id", "label": "late"}
+    store.snapshot("flights", accepted, **names)
+    bad = batch.copy()
+    bad.loc[[3, 700], "humid"] = 300.0
+    bad.loc[11, "origin"] = "jfk"
+    report = judge(bad, accepted, separate=True)
+    assert (report.verdict, report.held) == ("quarantine", (3, 11, 700))
+    assert judge(bad, accepted).verdict == "refuse", (
+        "a caller who cannot hold rows back gets no such verdict"
+    )
+    clean, held = split_batch(bad, report, source="april", **names)
+    joined = pd.concat([accepted, clean], ignore_index=True)
+    store.snapshot("flights", joined, **names)
+    version = hold_rows(store, "flights", held, key="flight_id")
+    assert version is not None and (version.ref, version.rows) == ("flights.quarantine@v1.0", 3)
+    waiting = review_list(store, "flights")
+    assert [row["id"] for row in waiting] == list(batch["flight_id"].iloc[[3, 11, 700]])
+    assert "humid" in waiting[0]["reason"] and waiting[0]["values"]["humid"] == 300.0
+    done = review_rows(
+        store, "flights", accept=[waiting[1]["id"]], reject=[waiting[0]["id"]], actor="a person"
+    )
+    assert (done.version, done.waiting) == ("flights@v1.2", 1)
+    assert store.resolve("flights").rows == 6000 + 1997 + 1
+    difference = store.diff("flights@v1.1", "flights@v1.2")
+    assert list(difference.added["flight_id"]) == [waiting[1]["id"]]
+    ledger = Ledger(store.workspace.ledger_url)
+    (decision,) = ledger.decisions(kind="review")
+    assert decision.actor == "a person" and decision.subject == "flights@v1.2"
+    assert ledger.verify().ok
+
+
+def test_many_bad_rows_refuse_the_batch() -> None:
+    bad = month(4)
+    bad.loc[bad.index % 8 == 0, "humid"] = 300.0
+    report = judge(bad, month(1, 2, 3), separate=True)
+    assert (report.verdict, report.held) == ("refuse", ())
+
+
+def test_half_the_labels_turned_refuse_the_batch_also_where_rows_can_be_held() -> None:
+    turned, _ = turn_labels(month(6), 1000)
+    report = judge(turned, month(1, 2, 3, 4, 5), features=FEATURES, separate=True)
+    assert report.verdict == "refuse" and len(report.suspicious) > 300
+
+
+def _digits(seed: int) -> pd.DataFrame:
+    pictures, digits = load_digits(return_X_y=True)
+    chosen = np.random.default_rng(seed).permutation(len(digits))[:1600]
+    images = list(pictures[chosen].reshape(-1, 8, 8))
+    return pd.DataFrame({"key": chosen, "image": images, "digit": digits[chosen]})
+
+
+def test_fifteen_wrong_labels_of_a_thousand_digits_are_held_back_and_hardly_any_other() -> None:
+    hits, others, covered = 0, 0, 0
+    for seed in range(3):
+        frame = _digits(seed)
+        accepted, batch = frame[:600], frame[600:].reset_index(drop=True)
+        off = batch.copy()
+        off.loc[:14, "digit"] = (off.loc[:14, "digit"] + 1) % 10
+        names = {"schema": None, "key": "key", "label": "digit", "settings": DataSettings()}
+        report = validate_batch(off, previous=accepted, separate=True, **names)
+        assert report.verdict == "quarantine" and report.labels is not None
+        hits += sum(place < 15 for place in report.held)
+        others += sum(place >= 15 for place in report.held)
+        low, high = report.labels.report.interval
+        covered += low <= 15 <= high
+        classes = report.labels.report.classes
+        assert abs(classes["wrong"].sum() - report.labels.report.estimated_wrong) < 0.1
+        assert ((classes["low"] <= classes["wrong"]) & (classes["wrong"] <= classes["high"])).all()
+    assert hits >= 25 and covered == 3 and others <= 15, (hits, others, covered)
+    clean = validate_batch(batch, previous=accepted, separate=True, **names)
+    assert clean.verdict != "refuse" and len(clean.held) <= 5, (
+        "a few in a thousand may be looked at"
+    )
+
+
+def test_fifteen_wrong_labels_of_a_thousand_flights_are_not_cried_about() -> None:
+    """The columns hardly tell whether a flight is late: then the report must say so."""
+    turned, _ = turn_labels(month(7)[:1000], 15)
+    report = judge(turned, month(*range(1, 7)), features=FEATURES, separate=True)
+    assert report.verdict == "accept" and report.labels is not None
+    low, high = report.labels.report.interval
+    assert low == 0 and high >= 15 and "95 %: 0 to" in report.labels.report.text()
+
+
+# a proposed schema, a file that was cut off
+
+
+def test_a_schema_proposed_from_a_quarter_lets_the_other_months_pass_and_finds_faults() -> None:
+    quarter = month(1, 2, 3)
+    schema = build_schema(infer_rules(quarter, key="flight_id", label="late"))
+    false = {
+        n: [p.line() for p in check_schema(month(n), schema, "flight_id")] for n in range(4, 13)
+    }
+    assert sum(bool(lines) for lines in false.values()) == 0, false
+    june, caught = month(6), 0
+    names = ("pascal", "a turned sign", "new categories", "spaces around text", "labels of another code",
+             "a column that is empty", "doubled rows", "missing keys", "numbers as text", "a negative hour")  # fmt: skip
+    for name in names:
+        change, column = FAULTS[name]
+        found = {problem.column for problem in check_schema(change(june), schema, "flight_id")}
+        caught += column in found
+    assert caught >= 9, caught
+
+
+def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    text = month(2).to_csv(index=False)
+    (tmp_path / "whole.csv").write_text(text)
+    assert len(read_file(tmp_path, "whole.csv")) == 2000
+    (tmp_path / "cut.csv").write_text(text[: len(text) // 2 - 3].rsplit(",", 2)[0])
+    with pytest.raises(DataError, match="cut off"):
+        read_file(tmp_path, "cut.csv")
+    month(2).to_parquet(tmp_path / "whole.parquet")
+    content = (tmp_path / "whole.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="cut off"):
+        read_file(tmp_path, "cut.parquet")

@@ -72,13 +72,14 @@ def _pairs(column: str, before: pd.Series, after: pd.Series, is_label: bool) -> 
         for c in pair
     ) and not (is_label and pd.concat(pair).nunique() <= MAXIMUM_NAMES):
         values = [c.astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan) for c in pair]
-        return [_Pair(column, *(np.where(np.isfinite(v), v, np.nan) for v in values))]
+        old, new = (np.where(np.isfinite(v), v, np.nan) for v in values)
+        return [_Pair(column, old, new)]
     arrays = [[isinstance(cell, np.ndarray) for cell in cells] for cells in pair]
     if all(map(all, arrays)):
         found = []
         for name, measure in (("brightness", np.mean), ("contrast", np.std)):
-            values = [np.array([float(measure(cell)) for cell in cells]) for cells in pair]
-            found.append(_Pair(f"{column} {name}", values[0], values[1]))
+            old, new = (np.array([measure(c) for c in cells], dtype=np.float64) for cells in pair)
+            found.append(_Pair(f"{column} {name}", old, new))
         return found
     if any(map(any, arrays)) or pd.api.types.is_numeric_dtype(before.dtype) != (
         pd.api.types.is_numeric_dtype(after.dtype)

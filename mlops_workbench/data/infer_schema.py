@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import pandera.pandas as pandera
 
 # %% auto #0
-__all__ = ['FEWEST_SEEN', 'MOST_VALUES', 'NEAR_ZERO', 'ColumnRule', 'text_pattern', 'column_rule', 'infer_rules', 'schema_text',
-           'build_schema']
+__all__ = ['FEWEST_SEEN', 'MOST_VALUES', 'LONG_TAIL', 'NEAR_ZERO', 'ColumnRule', 'text_pattern', 'column_rule', 'infer_rules',
+           'schema_text', 'build_schema']
 
 # %% ../../nbs/data/37_infer_schema.ipynb #62165adc
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class ColumnRule:
 # %% ../../nbs/data/37_infer_schema.ipynb #e465571c
 FEWEST_SEEN = 5  # a value that was seen less often hints at others that were not seen at all
 MOST_VALUES = 60  # of a closed list
+LONG_TAIL = 3.0  # times the margin, above a column whose largest values lie far apart
 NEAR_ZERO = (
     0.02  # of the range: numbers that come so near to 0 and never cross it have a natural end there
 )
@@ -58,11 +59,14 @@ def _number_rule(cells: pd.Series, margin: float) -> tuple[list[str], list[str]]
     is_whole = pd.api.types.is_integer_dtype(cells.dtype)
     if low == high:
         return [], [f"always {low:g}: too little to learn a range from"]
-    reach = margin * (high - low)
-    ends = [low - reach, high + reach]
+    middle, edge = np.quantile(known, [0.5, 0.99])
+    is_long = high - edge > edge - middle  # the largest value says little about the next larger one
+    wide = LONG_TAIL * margin if is_long else margin
+    ends = [low - margin * (high - low), high + wide * (high - low)]
     reason = (
         f"{low:g} to {high:g} in {len(known):,} rows, {margin:g} times that width on both sides"
     )
+    reason += f", {wide:g} above for its long tail" if is_long else ""
     if 0 <= low <= NEAR_ZERO * (high - low):
         ends[0], reason = 0.0, reason + "; down to 0 and never below"
     if 0 <= -high <= NEAR_ZERO * (high - low):

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from ..core.clock import iso, now
@@ -64,7 +63,7 @@ def split_batch(
         doubt = report.labels.report.rows.drop_duplicates("key")
     doubt = doubt.set_index("key").reindex(held[key])
     given = held[label].astype(object)
-    marks = {
+    marks: dict[str, Any] = {
         "quarantine_id": held[key].map(lambda cell: "(no key)" if pd.isna(cell) else str(cell)),
         "quarantine_state": WAITING,
         "quarantine_reason": ["; ".join(reasons[place]) for place in places],
@@ -242,9 +241,8 @@ def _take_in(store: DataStore, name: str, taken: pd.DataFrame, default: str | No
 def _mark(store: DataStore, name: str, accept: Sequence[str], reject: Sequence[str]) -> DataVersion:
     """The quarantine with these rows marked, as its next version."""
     rows = store.load(quarantine_name(name))
-    state, ids = rows["quarantine_state"], rows["quarantine_id"]
-    state = np.where(ids.isin(list(accept)), "accepted", state)
-    rows["quarantine_state"] = np.where(ids.isin(list(reject)), "rejected", state)
+    rows.loc[rows["quarantine_id"].isin(list(accept)), "quarantine_state"] = "accepted"
+    rows.loc[rows["quarantine_id"].isin(list(reject)), "quarantine_state"] = "rejected"
     return store.snapshot(
         quarantine_name(name),
         rows,

@@ -7,7 +7,6 @@ __all__ = ['NOT_ENOUGH_DATA', 'Estimate', 'share_estimate', 'normal_estimate', '
 
 # %% ../../nbs/monitoring/00_estimates.ipynb #81e85e39
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
