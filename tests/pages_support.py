@@ -179,7 +179,10 @@ def hold_digits(store: DataStore, rows: pd.DataFrame) -> None:
     """Digits with wrong labels in quarantine."""
     given = (rows["label"] + 1) % 10
     marks = {"id": rows["picture_id"], "state": WAITING, "label": given.astype(str)}
-    marks |= {"likely": rows["label"].astype(str), "probability": np.linspace(0.999, 0.7, len(rows))}
+    marks |= {
+        "likely": rows["label"].astype(str),
+        "probability": np.linspace(0.999, 0.7, len(rows)),
+    }
     marks |= {"reason": "label: expected one that the model believes", "batch": "office 3"}
     marks["at"] = "2026-11-25T02:00:00+00:00"
     named = {f"quarantine_{name}": value for name, value in marks.items()}

@@ -191,12 +191,9 @@ def test_the_keyboard_reaches_and_works_everything(
     page.context.close()
 
 
-def run_cell(page: Page, address: str, name: str) -> None:
-    """Open a notebook in JupyterLab and run its first cell; JupyterLab loses what comes before its kernel is ready."""
-    page.goto(f"{address}/lab/tree/{name}.ipynb?token={LAB_TOKEN}&reset", timeout=PATIENCE_MS)
-    idle = '.jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status="idle"]'
-    page.wait_for_selector(idle, timeout=PATIENCE_MS)
-    cell = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell").first
+def run_cell(page: Page, number: int) -> None:
+    """Run a cell of the open notebook; JupyterLab loses what comes before its kernel is ready."""
+    cell = page.locator(".jp-CodeCell").nth(number)
     for _ in range(10):
         cell.locator(".cm-content").click()
         page.keyboard.press("Control+Enter")
@@ -210,16 +207,25 @@ def test_pages_work_as_cells_in_jupyterlab(
     browser: Browser, served: tuple[Factory, str, int]
 ) -> None:
     factory, _, _ = served
-    for name in ("experiments", "monitoring"):
-        code = f"from mlops_workbench.pages.{name} import {name}_page\n\n{name}_page()"
-        notebook = nbformat.read(apps_folder() / f"{name}.ipynb", as_version=4)
-        notebook.cells = [nbformat.v4.new_code_cell(code)]
-        nbformat.write(notebook, factory.workspace.root / f"{name}.ipynb")
+    notebook = nbformat.read(apps_folder() / "experiments.ipynb", as_version=4)
+    notebook.cells = [
+        nbformat.v4.new_code_cell(
+            f"from mlops_workbench.pages.{name} import {name}_page\n\n{name}_page()"
+        )
+        for name in ("experiments", "monitoring")
+    ]
+    nbformat.write(notebook, factory.workspace.root / "look.ipynb")
     with lab_running(factory.workspace, LAB_TOKEN) as address:
         page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
-        run_cell(page, address, "experiments")
+        page.goto(f"{address}/lab/tree/look.ipynb?token={LAB_TOKEN}", timeout=PATIENCE_MS)
+        idle = '.jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status="idle"]'
+        page.wait_for_selector(idle, timeout=PATIENCE_MS)
+        run_cell(page, 1)
+        expect(page.locator(".mwb-tile").first).to_be_visible(timeout=PATIENCE_MS)
+        assert page.locator(".mwb-chart svg .line").count() >= 5
+        run_cell(page, 0)
         expect(page.locator("tr.selected")).to_have_count(2, timeout=PATIENCE_MS)
         page.locator("table.dataTable tbody tr", has_text="2013-04-03/train").click()
         comparison = page.get_by_role("region", name="what differs between the selected runs")
@@ -227,9 +233,6 @@ def test_pages_work_as_cells_in_jupyterlab(
         lines = page.locator(".js-plotly-plot").first.locator(".scatterlayer .trace")
         expect(lines).to_have_count(3)
         assert_readable(page, ["table.dataTable tbody td", ".mwb h1", ".mwb td", ".mwb th"])
-        run_cell(page, address, "monitoring")
-        expect(page.locator(".mwb-tile").first).to_be_visible(timeout=PATIENCE_MS)
-        assert page.locator(".mwb-chart svg .line").count() >= 5
         expect(page.locator(".Toastify__toast")).to_have_count(0)
         outside = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
         assert outside == []

@@ -63,7 +63,7 @@ def diagnosis_files(workspace: Workspace) -> list[Path]:
     return sorted(found, key=lambda path: path.stat().st_mtime_ns)
 
 
-def last_diagnosis(workspace: Workspace) -> list[tuple[str, str, str]]:
+def last_diagnosis(workspace: Workspace) -> list[Sequence[Any]]:
     """Return when, executed notebook and content (JSON) of the newest diagnosis; none while there is none."""
     for path in diagnosis_files(workspace)[-1:]:
         manifest = read_manifest(path.parent)

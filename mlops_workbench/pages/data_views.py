@@ -126,8 +126,8 @@ def picture_rows(
     moved = difference.relabelled.iloc[_spread(len(difference.relabelled))]
     for k, old, new in moved.itertuples(index=False, name=None):
         found.append(("relabelled", str(k), f"{old} \u2192 {new}", thumbnail(by_key.get(k), white)))
-    cells = difference.changed[difference.changed["column"] == column].head(SHOWN_PICTURES // 2)
-    for row in cells.itertuples():
+    redrawn = difference.changed[difference.changed["column"] == column].head(SHOWN_PICTURES // 2)
+    for row in redrawn.itertuples():
         for when in ("before", "after"):
             found.append(("changed", str(row.key), when, thumbnail(getattr(row, when), white)))
     return [row for row in found if row[3]]
