@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs what the tests need beside Python: a browser and fonts for the pages, Fashion-MNIST for the picture recipe,
-# PostgreSQL for the ledger. Nothing of it is needed to use the workbench.
+# PostgreSQL for the ledger, git-lfs for a benchmark. Nothing of it is needed to use the workbench.
 set -euo pipefail
-packages=(chromium fonts-dejavu-core dataset-fashion-mnist postgresql)
+packages=(chromium fonts-dejavu-core dataset-fashion-mnist postgresql git-lfs)
 missing=()
 for package in "${packages[@]}"; do
   dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
