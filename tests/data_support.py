@@ -35,6 +35,16 @@ def table(rows: int, first: int = 0, seed: int = 0) -> pd.DataFrame:
     return frame
 
 
+def pictures(folder: Path, count: int, first: int = 0) -> Path:
+    """Files of 1 KB that begin like a PNG, in ten folders; returns the folder."""
+    numbers = np.random.default_rng(first)
+    for number in range(first, first + count):
+        path = folder / f"class {number % 10}" / f"{number:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + numbers.bytes(1000))
+    return folder
+
+
 def flip_byte(path: Path, place: int | None = None) -> None:
     """Turn one bit of a file as a bad disk would: permissions and times stay as they were."""
     status = path.stat()

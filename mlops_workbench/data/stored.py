@@ -161,18 +161,32 @@ class StoredVersion:
         groups = {self.group_of(name).name: self.group_of(name) for name in names}
         parts: dict[str, pa.ChunkedArray] = {}
         for group in groups.values():
-            numbers = shard_numbers(group, places)
-            needed, where = np.unique(numbers, return_inverse=True)
-            lengths = np.array([shard.rows for shard in group.shards])
-            shards = [group.shards[number] for number in needed] or [group.shards[0]]
             wanted = [name for name in group.columns if name in names]
-            table = pa.concat_tables(self.tables(shards, wanted))
-            starts = np.cumsum(lengths) - lengths
-            packed = np.cumsum(lengths[needed]) - lengths[needed]
-            local = places - starts[numbers] + packed[where] if len(places) else places
-            table = table.take(pa.array(local, pa.int64()))
+            table = self._group_rows(group, wanted, places)
             parts |= {name: table[name] for name in wanted}
         return pa.table({name: parts[name] for name in names})
+
+    def _group_rows(self, group: Group, names: list[str], places: NDArray[np.int64]) -> pa.Table:
+        """Some columns of one group in the rows at these places; of each shard only its rows are kept."""
+        if not len(places):
+            return self.tables(group.shards[:1], names)[0].slice(0, 0)
+        numbers = shard_numbers(group, places)
+        needed = np.unique(numbers)
+        contents = self.contents([group.shards[number] for number in needed])
+        lengths = np.array([shard.rows for shard in group.shards])
+        starts = np.cumsum(lengths) - lengths
+        order = np.argsort(numbers, kind="stable")
+        chosen = np.split(places[order], np.searchsorted(numbers[order], needed[1:]))
+
+        def take(part: int) -> pa.Table:
+            rows = chosen[part] - starts[needed[part]]
+            return unpack(contents[part], names).take(pa.array(rows, pa.int64()))
+
+        with ThreadPoolExecutor(READERS) as workers:
+            table = pa.concat_tables(workers.map(take, range(len(needed))))
+        if (np.diff(order) == 1).all():
+            return table
+        return table.combine_chunks().take(pa.array(np.argsort(order)))
 
     def frame(self, places: NDArray[np.int64] | None = None) -> pd.DataFrame:
         """The rows at these places, or all, in their recorded types."""
