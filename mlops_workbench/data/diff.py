@@ -232,11 +232,10 @@ def _compare_group(names: list[str], before: Rows, after: Rows) -> list[pd.DataF
         cells = np.flatnonzero(old != new)
         if len(cells):
             part = pd.DataFrame({"key": _keys(after[0], after[1][rows[cells]]), "column": name})
-            for title, table, side in zip(
-                ("before", "after"), tables, (before, after), strict=True
-            ):
+            sides = (before[0].version, after[0].version)
+            for title, table, version in zip(("before", "after"), tables, sides, strict=True):
                 taken = table.select([name]).take(pa.array(cells))
-                frame = to_frame(taken, {name: side[0].version.columns[name]})
+                frame = to_frame(taken, {name: version.columns[name]})
                 part[title] = pd.Series(list(frame[name]), dtype=object)
             parts.append(part)
     return parts
@@ -244,7 +243,7 @@ def _compare_group(names: list[str], before: Rows, after: Rows) -> list[pd.DataF
 # %% ../../nbs/data/05_diff.ipynb #6bcc77df
 def _shifts(before: StoredVersion, after: StoredVersion, names: list[str]) -> pd.DataFrame:
     """The move of each column: column, measure, effect, mean_before, mean_after; largest first."""
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for name in names:
         profiles = before.files.profiles[name], after.files.profiles[name]
         moved = shift(*profiles)

@@ -85,7 +85,7 @@ def read_folder(
     odd = [
         path
         for path in scan.paths
-        if not path.isprintable() and not path.encode("utf-8", "replace").decode() == path
+        if not path.isprintable() and path.encode("utf-8", "replace").decode() != path
     ]
     if odd:
         raise DataError(

@@ -47,7 +47,7 @@ def _numbers(values: "np.ndarray[Any, Any]") -> dict[str, Any]:
     with np.errstate(over="ignore", invalid="ignore"):
         mean, deviation = float(values.mean()), float(values.std())
     if not np.isfinite([mean, deviation]).all():  # too large for a float
-        mean = deviation = None
+        return {"kind": "number", "mean": None, "deviation": None}
     return {"kind": "number", "mean": mean, "deviation": deviation}
 
 # %% ../../nbs/data/15_profiles.ipynb #84de7f6e

@@ -131,10 +131,10 @@ def _galleries(difference: "DataDiff") -> str:
     flows = difference.relabelled.head(24).itertuples(index=False, name=None)
     moved = [(f"{old} → {new}", shown.get(key)) for key, old, new in flows]
     parts.append(gallery_html("pictures relabelled", moved))
-    cells = difference.changed[difference.changed["column"] == column].head(12)
+    redrawn = difference.changed[difference.changed["column"] == column].head(12)
     changed = [
         (f"{row.key} {when}", getattr(row, when))
-        for row in cells.itertuples()
+        for row in redrawn.itertuples()
         for when in ("before", "after")
     ]
     parts.append(gallery_html("pictures changed", changed))
