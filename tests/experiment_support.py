@@ -107,10 +107,10 @@ def query(workspace: Workspace, sql: str, *values: Any) -> list[tuple[Any, ...]]
         return database.execute(sql, values).fetchall()
 
 
-def benchmark_module() -> ModuleType:
-    """`benchmarks/tracking.py` as a module, for the data it makes."""
-    path = REPOSITORY / "benchmarks" / "tracking.py"
-    spec = importlib.util.spec_from_file_location("tracking_benchmark", path)
+def benchmark_module(name: str = "tracking") -> ModuleType:
+    """A file of benchmarks/ as a module, for the data it makes."""
+    path = REPOSITORY / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
