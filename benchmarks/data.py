@@ -65,7 +65,9 @@ def measured(times: Times, what: str) -> Iterator[None]:
 def say(*command: str, folder: Path) -> str:
     """Run a command quietly and return what it prints; it must succeed."""
     environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed in {folder}: {done.stderr}")
     return done.stdout
@@ -119,7 +121,9 @@ def make_table(rows: int, seed: int = 0) -> pd.DataFrame:
     columns: dict[str, object] = {"id": [f"{n:010}" for n in range(0, 10 * rows, 10)]}
     columns["label"] = numbers.integers(0, 2, rows)
     for name, values in (("carrier", 16), ("origin", 3), ("dest", 100)):
-        columns[name] = np.array([f"{name} {n}" for n in range(values)], dtype=object)[numbers.integers(0, values, rows)]
+        columns[name] = np.array([f"{name} {n}" for n in range(values)], dtype=object)[
+            numbers.integers(0, values, rows)
+        ]
     for name, most in (("hour", 24), ("distance", 5000), ("seconds", 10**9)):
         columns[name] = numbers.integers(0, most, rows)
     columns["temp"] = numbers.normal(50, 20, rows).round(1)
@@ -138,20 +142,26 @@ def changed_tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     relabelled = longer.assign(label=np.where(chosen, 1 - longer["label"], longer["label"]))
     middle = make_table(max(rows // 1000, 1), seed=3)
     middle["id"] = [f"{10 * (rows // 2) + 1:010} {n:05}" for n in range(len(middle))]
-    inserted = pd.concat([relabelled[: rows // 2], middle, relabelled[rows // 2 :]], ignore_index=True)
+    inserted = pd.concat(
+        [relabelled[: rows // 2], middle, relabelled[rows // 2 :]], ignore_index=True
+    )
     corrected = inserted.copy()
     places = numbers.permutation(len(inserted))
     corrected.loc[places[: rows // 100], "measured 12"] += 1.0
     corrected.loc[places[rows // 100 : rows // 50], "hour"] = 99
     corrected.loc[places[rows // 50 : rows // 25], "label"] = 1 - corrected["label"]
-    corrected = corrected.drop(index=range(rows // 4, rows // 4 + rows // 1000)).reset_index(drop=True)
+    corrected = corrected.drop(index=range(rows // 4, rows // 4 + rows // 1000)).reset_index(
+        drop=True
+    )
     return {
         "first version": frame,
         "append 10 %": longer,
         "relabel 2 % scattered": relabelled,
         "insert 0.1 % in the middle": inserted,
         "correct 2 columns, relabel 2 %, remove a block": corrected,
-        "remove 0.1 % scattered": corrected.drop(index=numbers.permutation(len(corrected))[: rows // 1000]).reset_index(drop=True),
+        "remove 0.1 % scattered": corrected.drop(
+            index=numbers.permutation(len(corrected))[: rows // 1000]
+        ).reset_index(drop=True),
     }
 
 
@@ -177,8 +187,14 @@ def bench_table(folder: Path, rows: int, repeats: int) -> None:
                 with measured(times, f"lfs {what}"):
                     lfs_commit(lfs)
             if repeat == 0:
-                now = [size_of(store.dvc.cache), size_of(peer / ".dvc" / "cache"), size_of(lfs / ".git") if lfs else 0]
-                sizes[what] = {n: a - b for n, a, b in zip(("ours", "dvc", "lfs"), now, before, strict=True)}
+                now = [
+                    size_of(store.dvc.cache),
+                    size_of(peer / ".dvc" / "cache"),
+                    size_of(lfs / ".git") if lfs else 0,
+                ]
+                sizes[what] = {
+                    n: a - b for n, a, b in zip(("ours", "dvc", "lfs"), now, before, strict=True)
+                }
                 before = now
         if repeat == 0:
             first = place / "ours"
@@ -192,10 +208,15 @@ def bench_table(folder: Path, rows: int, repeats: int) -> None:
 def print_storage(rows: int, sizes: dict[str, dict[str, int]], times: Times) -> None:
     """The new bytes and seconds of each version."""
     print(f"\n{rows:,} rows x 20 columns\n")
-    print("| version | new bytes | % of first | dvc add | git-lfs | seconds | dvc add | git-lfs |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| version | new bytes | % of first | dvc add | git-lfs | seconds | dvc add | git-lfs |\n|---|---|---|---|---|---|---|---|"
+    )
     start = sizes["first version"]["ours"]
     for what, size in sizes.items():
-        seconds = [f"{statistics.median(times[f'{who} {what}']):.1f}" if times[f"{who} {what}"] else "-" for who in ("ours", "dvc", "lfs")]
+        seconds = [
+            f"{statistics.median(times[f'{who} {what}']):.1f}" if times[f"{who} {what}"] else "-"
+            for who in ("ours", "dvc", "lfs")
+        ]
         print(
             f"| {what} | {size['ours'] / 1e6:.2f} MB | {100 * size['ours'] / start:.2f} | {size['dvc'] / 1e6:.1f} MB "
             f"| {size['lfs'] / 1e6:.1f} MB | {' | '.join(seconds)} |"
@@ -203,17 +224,25 @@ def print_storage(rows: int, sizes: dict[str, dict[str, int]], times: Times) -> 
     three = list(sizes.values())[:3]
     ratio = sum(size["ours"] for size in three) / sum(size["dvc"] for size in three)
     share = sizes["append 10 %"]["ours"] / (0.1 * start)
-    print(f"\nnew bytes of the append / added share: {share:.3f} (goal 1.15); three versions / DVC's store: {ratio:.3f} (goal 0.4)")
+    print(
+        f"\nnew bytes of the append / added share: {share:.3f} (goal 1.15); three versions / DVC's store: {ratio:.3f} (goal 0.4)"
+    )
 
 
 def print_diffs(root: Path, versions: list[str], repeats: int) -> None:
     """The time and memory of a comparison in a fresh process, after the imports."""
     print("\n| diff | seconds | peak memory |\n|---|---|---|")
     kinds = ("added", "relabelled", "added", "changed", "removed")
-    pairs = [(f"table@v1.{n}", f"table@v1.{n + 1}", kind, versions[n + 1]) for n, kind in enumerate(kinds)]
+    pairs = [
+        (f"table@v1.{n}", f"table@v1.{n + 1}", kind, versions[n + 1])
+        for n, kind in enumerate(kinds)
+    ]
     pairs.append(("table@v1.0", "table@v1.4", "changed", "all of them together"))
     for before, after, kind, what in pairs:
-        runs = [say(sys.executable, "-c", DIFF, str(root), before, after, kind, folder=root).split() for _ in range(repeats)]
+        runs = [
+            say(sys.executable, "-c", DIFF, str(root), before, after, kind, folder=root).split()
+            for _ in range(repeats)
+        ]
         seconds, memory = (statistics.median(float(run[n]) for run in runs) for n in range(2))
         print(f"| {what} | {seconds:.2f} | {memory:.0f} MB |")
 
@@ -254,7 +283,10 @@ def bench_pictures(folder: Path, count: int, repeats: int) -> None:
             with measured(times, "ours: unchanged"):
                 assert store.is_unchanged("pets", source)
         with measured(times, "ours: unchanged, a fresh process"):
-            assert say(sys.executable, "-c", FRESH, str(store.root), str(source), folder=place).strip() == "True"
+            assert (
+                say(sys.executable, "-c", FRESH, str(store.root), str(source), folder=place).strip()
+                == "True"
+            )
         shutil.rmtree(peer / "source")
         with measured(times, "dvc: checkout"):
             dvc("checkout", "-q", folder=peer)
@@ -268,10 +300,20 @@ def bench_pictures(folder: Path, count: int, repeats: int) -> None:
         print(f"| {what} | {statistics.median(seconds):.3f} |")
     print()
     for what, (ours, theirs) in (("bytes", sizes[:2]), ("blocks of the disk", sizes[2:])):
-        print(f"three versions (+10 %, 2 % relabelled), {what}: {ours / 1e6:.1f} MB, DVC {theirs / 1e6:.1f} MB: {ours / theirs:.3f} (goal 0.4)")
-    print("(DVC stores a file that only moved once; what does not compress cannot take less than its bytes)")
-    for ours_name, peer_name, goal in (("snapshot", "add", 0.25), ("unchanged", "status", 0.1), ("checkout", "checkout", 1.0)):
-        ratio = statistics.median(times[f"ours: {ours_name}"]) / statistics.median(times[f"dvc: {peer_name}"])
+        print(
+            f"three versions (+10 %, 2 % relabelled), {what}: {ours / 1e6:.1f} MB, DVC {theirs / 1e6:.1f} MB: {ours / theirs:.3f} (goal 0.4)"
+        )
+    print(
+        "(DVC stores a file that only moved once; what does not compress cannot take less than its bytes)"
+    )
+    for ours_name, peer_name, goal in (
+        ("snapshot", "add", 0.25),
+        ("unchanged", "status", 0.1),
+        ("checkout", "checkout", 1.0),
+    ):
+        ratio = statistics.median(times[f"ours: {ours_name}"]) / statistics.median(
+            times[f"dvc: {peer_name}"]
+        )
         print(f"{ours_name} / dvc {peer_name}: {ratio:.3f} (goal {goal})")
 
 
@@ -283,7 +325,12 @@ def grow_pictures(store: DataStore, peer: Path, source: Path, count: int) -> lis
     dvc("add", "-q", "source", folder=peer)
     rows = store.load("pets")
     chosen = np.random.default_rng(5).random(len(rows)) < 0.02
-    store.snapshot("pets", rows.assign(label=np.where(chosen, "class 0", rows["label"])), key="path", label="label")
+    store.snapshot(
+        "pets",
+        rows.assign(label=np.where(chosen, "class 0", rows["label"])),
+        key="path",
+        label="label",
+    )
     for path in rows["path"][chosen]:
         (peer / "source" / path).rename(peer / "source" / "class 0" / Path(path).name)
     dvc("add", "-q", "source", folder=peer)
@@ -304,7 +351,9 @@ def main() -> int:
             bench_table(Path(folder), arguments.rows, arguments.repeats)
         if arguments.only != "table":
             bench_pictures(Path(folder), arguments.pictures, arguments.repeats)
-    print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+    print(
+        f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
+    )
     return 0
 
 

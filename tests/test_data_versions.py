@@ -56,7 +56,13 @@ def test_a_version_comes_back_as_it_went_in(store: DataStore) -> None:
     assert version.columns["carrier"] == "text"
     assert version.commit == git(store, "rev-parse", "flights@v1.0^{commit}").strip()
     files = store.stored(version).files
-    assert {group.name for group in files.groups} == {"key", "label", "columns-00", "hashes", "origin"}
+    assert {group.name for group in files.groups} == {
+        "key",
+        "label",
+        "columns-00",
+        "hashes",
+        "origin",
+    }
     assert all(sum(shard.rows for shard in group.shards) == 5000 for group in files.groups)
     assert store.show("flights")["batches"] == {"january": 5000}
     assert len(store.versions()) == 1
@@ -100,7 +106,9 @@ def test_the_same_rows_are_the_same_version_and_the_same_bytes(tmp_path: Path) -
     one = first.snapshot("flights", frame, **NAMES)
     two = second.snapshot("flights", frame.sample(frac=1, random_state=5), **NAMES)
     assert one.digest == two.digest
-    for group, other in zip(*(s.stored("flights").files.groups for s in (first, second)), strict=True):
+    for group, other in zip(
+        *(s.stored("flights").files.groups for s in (first, second)), strict=True
+    ):
         assert group == other or group.name == "origin", "only the time of arrival differs"
     again = first.snapshot("flights", frame.sample(frac=1, random_state=6), **NAMES)
     assert again.unchanged and again.ref == "flights@v1.0"
@@ -126,8 +134,14 @@ def test_versions_share_what_did_not_change(store: DataStore) -> None:
     warmer = relabelled.assign(temperature=relabelled.temperature + 1)
     fifth = store.snapshot("flights", warmer, **NAMES)
     warmest = store.snapshot("flights", warmer.assign(temperature=warmer.temperature + 1), **NAMES)
-    kinds = [[g.columns for g in store.stored(v).files.groups if g.name.startswith("columns")] for v in (fourth, fifth, warmest)]
-    assert kinds == [[("temperature", "carrier", "hour")], *[[("carrier", "hour"), ("temperature",)]] * 2]
+    kinds = [
+        [g.columns for g in store.stored(v).files.groups if g.name.startswith("columns")]
+        for v in (fourth, fifth, warmest)
+    ]
+    assert kinds == [
+        [("temperature", "carrier", "hour")],
+        *[[("carrier", "hour"), ("temperature",)]] * 2,
+    ]
     for version, expected in ((first, frame), (second, longer), (warmest, None)):
         if expected is not None:
             pd.testing.assert_frame_equal(store.load(version), expected)
@@ -141,7 +155,11 @@ def test_a_row_keeps_its_batch_and_arrival_until_it_changes(store: DataStore) ->
     rows = store.rows("flights").set_index("key")
     same = (table(500)["late"] == 0) & (table(500)["id"] == changed["id"][:500])
     same &= store.rows(first)["row_hash"] == rows["row_hash"].to_numpy()[:500]
-    assert (rows["batch"] == "january").sum() == same.sum() == (rows["arrived"] == first.created_at).sum()
+    assert (
+        (rows["batch"] == "january").sum()
+        == same.sum()
+        == (rows["arrived"] == first.created_at).sum()
+    )
     assert set(rows.loc[rows["batch"] == "february", "arrived"]) == {second.created_at}
 
 
@@ -186,7 +204,9 @@ def test_a_person_can_use_dvc_by_hand(store: DataStore) -> None:
             [sys.executable, "-m", "dvc", *words.split()],
             cwd=store.root, capture_output=True, text=True, check=False,
         )  # fmt: skip
-        assert done.returncode == 0 and ("up to date" in done.stdout or "in sync" in done.stdout), done
+        assert done.returncode == 0 and ("up to date" in done.stdout or "in sync" in done.stdout), (
+            done
+        )
     assert git(store, "status", "--porcelain") == ""
 
 
@@ -277,7 +297,9 @@ def test_a_folder_of_pictures_comes_back_bit_for_bit(store: DataStore, tmp_path:
     assert (first.rows, first.pictures, first.key, first.label) == (302, "image", "path", "label")
     out = store.checkout(first, tmp_path / "out")
     names = [path.relative_to(source) for path in files_under(source)]
-    assert [path.relative_to(out) for path in files_under(out)] == sorted([*names, Path("_labels.csv"), Path("_version.json")])
+    assert [path.relative_to(out) for path in files_under(out)] == sorted(
+        [*names, Path("_labels.csv"), Path("_version.json")]
+    )
     assert all((out / name).read_bytes() == (source / name).read_bytes() for name in names)
     assert store.snapshot_folder("pets", out).unchanged, "a checkout is the same version"
 
@@ -524,7 +546,9 @@ def test_a_damaged_record_is_an_error(store: DataStore) -> None:
     git(store, "-c", "user.name=x", "-c", "user.email=x", "commit", "-qam", "edited by hand")
     assert store.load("flights").shape[0] == 100, "the tag counts, not the working tree"
     git(store, "tag", "-f", "flights@v1.0")
-    with pytest.raises(IntegrityError, match="record of a data version in format 2, found format 7"):
+    with pytest.raises(
+        IntegrityError, match="record of a data version in format 2, found format 7"
+    ):
         store.load("flights")
 
 
@@ -543,9 +567,7 @@ def test_rows_that_do_not_give_the_digest_are_found(store: DataStore) -> None:
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_killed_snapshot_has_never_happened(
-    store: DataStore, tmp_path: Path, kills: int
-) -> None:
+def test_a_killed_snapshot_has_never_happened(store: DataStore, tmp_path: Path, kills: int) -> None:
     frame = table(6000)
     store.snapshot("flights", frame, **NAMES)
     parquet = tmp_path / "next.parquet"

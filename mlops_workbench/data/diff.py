@@ -232,11 +232,11 @@ def _compare_group(names: list[str], before: Rows, after: Rows) -> list[pd.DataF
         cells = np.flatnonzero(old != new)
         if len(cells):
             part = pd.DataFrame({"key": _keys(after[0], after[1][rows[cells]]), "column": name})
-            for title, table, side in zip(
+            for title, table, (whose, _) in zip(
                 ("before", "after"), tables, (before, after), strict=True
             ):
                 taken = table.select([name]).take(pa.array(cells))
-                frame = to_frame(taken, {name: side[0].version.columns[name]})
+                frame = to_frame(taken, {name: whose.version.columns[name]})
                 part[title] = pd.Series(list(frame[name]), dtype=object)
             parts.append(part)
     return parts
@@ -244,13 +244,12 @@ def _compare_group(names: list[str], before: Rows, after: Rows) -> list[pd.DataF
 # %% ../../nbs/data/05_diff.ipynb #6bcc77df
 def _shifts(before: StoredVersion, after: StoredVersion, names: list[str]) -> pd.DataFrame:
     """The move of each column: column, measure, effect, mean_before, mean_after; largest first."""
-    rows = []
+    rows: list[tuple[str, str, float, float | None, float | None]] = []
     for name in names:
         profiles = before.files.profiles[name], after.files.profiles[name]
         moved = shift(*profiles)
         if moved is not None and name != after.version.key:
-            means = [profile.get("mean") for profile in profiles]
-            rows.append((name, *moved, *means))
+            rows.append((name, *moved, profiles[0].get("mean"), profiles[1].get("mean")))
     columns = ["column", "measure", "effect", "mean_before", "mean_after"]
     rows.sort(key=lambda row: -abs(row[2]))
     return pd.DataFrame(rows, columns=columns)

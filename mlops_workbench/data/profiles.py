@@ -45,10 +45,10 @@ def _numbers(values: "np.ndarray[Any, Any]") -> dict[str, Any]:
     if not len(values):
         return {"kind": "number", "mean": None, "deviation": None}
     with np.errstate(over="ignore", invalid="ignore"):
-        mean, deviation = float(values.mean()), float(values.std())
-    if not np.isfinite([mean, deviation]).all():  # too large for a float
-        mean = deviation = None
-    return {"kind": "number", "mean": mean, "deviation": deviation}
+        figures = float(values.mean()), float(values.std())
+    if not np.isfinite(figures).all():  # too large for a float
+        return {"kind": "number", "mean": None, "deviation": None}
+    return {"kind": "number", "mean": figures[0], "deviation": figures[1]}
 
 # %% ../../nbs/data/15_profiles.ipynb #84de7f6e
 def _categories(array: pa.Array) -> dict[str, Any]:

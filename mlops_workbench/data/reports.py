@@ -124,10 +124,9 @@ def _galleries(difference: "DataDiff") -> str:
     for title, frame in (("added", difference.added), ("removed", difference.removed)):
         if column in frame:
             names = frame.columns[0] if len(frame.columns) else ""
-            cells = zip(frame[names][:24], frame[column][:24], strict=True)
-            parts.append(
-                gallery_html(f"pictures {title}", [(str(key), cell) for key, cell in cells])
-            )
+            shown_rows = zip(frame[names][:24], frame[column][:24], strict=True)
+            named = [(str(key), cell) for key, cell in shown_rows]
+            parts.append(gallery_html(f"pictures {title}", named))
     flows = difference.relabelled.head(24).itertuples(index=False, name=None)
     moved = [(f"{old} → {new}", shown.get(key)) for key, old, new in flows]
     parts.append(gallery_html("pictures relabelled", moved))

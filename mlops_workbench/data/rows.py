@@ -109,9 +109,10 @@ def _number_bits(column: pa.Array) -> Hashes:
         column = column.cast(pa.uint8())
     if pa.types.is_floating(column.type):
         values = column.cast(pa.float64()).fill_null(0.0).to_numpy(zero_copy_only=False)
-        return (values + 0.0).view(np.uint64)  # -0.0 + 0.0 is 0.0
+        floats: NDArray[np.float64] = values + 0.0  # -0.0 + 0.0 is 0.0
+        return floats.view(np.uint64)
     numbers = column.fill_null(0).to_numpy(zero_copy_only=False)
-    bits = numbers.astype(np.float64).view(np.uint64)
+    bits: Hashes = numbers.astype(np.float64).view(np.uint64)
     large = (numbers > 2**53) | (numbers < -(2**53))
     bits[large] = ~numbers[large].astype(np.uint64)
     return bits

@@ -94,7 +94,8 @@ class DataStore:
 
     def rows(self, ref: str | DataVersion) -> pd.DataFrame:
         """The row manifest of a version: key (as text), row_hash, label (as text), batch and arrived."""
-        return self.stored(ref).row_manifest().to_pandas()
+        rows: pd.DataFrame = self.stored(ref).row_manifest().to_pandas()
+        return rows
 
     def stored(self, ref: str | DataVersion) -> StoredVersion:
         """The files of a version, for whoever needs only some columns or rows."""
@@ -172,11 +173,12 @@ class DataStore:
             return replace(latest, unchanged=True)
         scan = scan_folder(folder)
         state = folder_state(scan, labels)
-        names = {"key": PATH, "label": LABEL, "pictures": IMAGE}
         version = self.snapshot(
             name,
             read_folder(scan, labels),
-            **names,
+            key=PATH,
+            label=LABEL,
+            pictures=IMAGE,
             message=message,
             source_batch=source_batch,
             force=force,
