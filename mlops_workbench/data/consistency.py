@@ -60,6 +60,10 @@ def check_unit(frame: pd.DataFrame, previous: pd.DataFrame, column: str, key: st
     new, old = _numbers(frame[column]), _numbers(previous[column])
     if len(new) < 50 or len(old) < FEW:
         return []
+    if (
+        np.mean(old == np.median(old)) > 0.5
+    ):  # rain that mostly does not fall: no body to tell a unit by
+        return []
     scale, known, found = number_scale(old)[1], _quantiles(old), _quantiles(new)
     blocks = [part for part in np.array_split(old, BLOCKS) if len(part)]
     usual = max(float(np.abs(_quantiles(part) - known).mean()) / scale for part in blocks)
