@@ -18,6 +18,7 @@ from mlops_workbench.core.errors import DataError, DataRefusedError
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.settings import DataSettings
 from mlops_workbench.data.columns import check_schema
+from mlops_workbench.data.consistency import check_consistency
 from mlops_workbench.data.infer_schema import build_schema, infer_rules
 from mlops_workbench.data.labels import check_labels, suspicious_labels
 from mlops_workbench.data.quarantine import hold_rows, review_list, review_rows, split_batch
@@ -81,6 +82,27 @@ def test_a_clean_month_is_accepted(number: int) -> None:
     report = judge(month(number), month(*range(1, number)), separate=True)
     assert report.verdict == "accept", [problem.line() for problem in report.problems]
     assert report.held == () and report.distributions is not None
+
+
+def _false_refusals(accepted: int, months: range) -> list[str]:
+    """What the checks of columns refuse of honest months and half months, also after a gap."""
+    before, found = month(*range(1, accepted + 1)), []
+    for number in months:
+        whole = month(number)
+        for batch in (whole, whole[:1000], whole[1000:].reset_index(drop=True)):
+            more = check_consistency(batch, before, "flight_id", "late")
+            found += [f"{accepted} {number}: {p.line()}" for p in more if p.severity == "refuse"]
+    return found
+
+
+def test_june_after_april_and_its_halves_are_no_other_unit() -> None:
+    assert _false_refusals(4, range(6, 8)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accepted", range(1, 12))
+def test_no_honest_batch_after_any_gap_is_refused_for_its_columns(accepted: int) -> None:
+    assert _false_refusals(accepted, range(accepted + 1, 13)) == []
 
 
 def test_june_with_a_thousand_wrong_labels_is_refused_and_the_rows_are_named() -> None:
@@ -460,7 +482,7 @@ def test_a_schema_proposed_from_a_quarter_lets_the_other_months_pass_and_finds_f
         change, column = FAULTS[name]
         found = {problem.column for problem in check_schema(change(june), schema, "flight_id")}
         caught += column in found
-    assert caught >= 9, caught
+    assert caught == len(names), caught
 
 
 def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:

@@ -67,8 +67,10 @@ def _number_rule(cells: pd.Series, margin: float) -> tuple[list[str], list[str]]
         f"{low:g} to {high:g} in {len(known):,} rows, {margin:g} times that width on both sides"
     )
     reason += f", {wide:g} above for its long tail" if is_long else ""
-    if 0 <= low <= NEAR_ZERO * (high - low):
-        ends[0], reason = 0.0, reason + "; down to 0 and never below"
+    are_counts = low >= 0 and bool((known == known.round()).all())
+    if are_counts or 0 <= low <= NEAR_ZERO * (high - low):
+        ends[0] = 0.0
+        reason += "; whole numbers, none below 0" if are_counts else "; down to 0 and never below"
     if 0 <= -high <= NEAR_ZERO * (high - low):
         ends[1], reason = 0.0, reason + "; up to 0 and never above"
     if low >= 0 and high <= 1 and not is_whole and high > 0.5:
@@ -80,8 +82,8 @@ def _number_rule(cells: pd.Series, margin: float) -> tuple[list[str], list[str]]
 # %% ../../nbs/data/37_infer_schema.ipynb #6c279ccb
 def text_pattern(values: list[str]) -> str | None:
     """A regular expression that all values have in common, None where none is clear."""
-    for coarse in (False, True):
-        found = [_tokens(value, coarse) for value in values]
+    for merged in ("", "[A-Z0-9]", "[a-z0-9]", "[A-Za-z0-9]"):
+        found = [_tokens(value, merged) for value in values]
         kinds = {tuple(kind for kind, _ in tokens) for tokens in found}
         if len(kinds) == 1 and 0 < len(found[0]) <= 24:
             sizes = np.array([[size for _, size in tokens] for tokens in found])
@@ -98,14 +100,17 @@ def _times(low: int, high: int) -> str:
     """How often, as a regular expression."""
     return "" if low == high == 1 else f"{{{low}}}" if low == high else f"{{{low},{high}}}"
 
-# %% ../../nbs/data/37_infer_schema.ipynb #c1f5df8d
-def _tokens(text: str, coarse: bool) -> list[tuple[str, int]]:
+# %% ../../nbs/data/37_infer_schema.ipynb #5ee9121b
+def _tokens(
+    text: str,
+    merged: str,  # a class of characters that is not told apart further; "" for none
+) -> list[tuple[str, int]]:
     """The runs of one kind of character: (expression, length)."""
     found: list[tuple[str, int]] = []
     for character in text:
         if character.isascii() and character.isalnum():
             fine = r"\d" if character.isdigit() else "[A-Z]" if character.isupper() else "[a-z]"
-            kind = "[A-Za-z0-9]" if coarse else fine
+            kind = merged if merged and re.fullmatch(merged, character) else fine
         else:
             kind = re.escape(character)
         if found and found[-1][0] == kind:
