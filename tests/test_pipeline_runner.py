@@ -143,6 +143,16 @@ def test_equal_inputs_are_used_again_and_changed_ones_are_not(tmp_path: Path) ->
     assert forced.stages[0].folder.name == "2_use-2"
 
 
+def test_a_file_that_was_read_is_part_of_the_inputs(tmp_path: Path) -> None:
+    body = "from pathlib import Path\nrows = stage.input(Path('incoming.csv')).read_text()"
+    workspace = fresh(tmp_path, {"1_look": stage_cells("look", body=body)})
+    batch = workspace.root / "incoming.csv"
+    batch.write_text("a,b\n1,2\n")
+    assert [run_stages(workspace).stages[0].status for _ in range(2)] == ["finished", "reused"]
+    batch.write_text("a,b\n1,3\n")
+    assert [run_stages(workspace).stages[0].status for _ in range(2)] == ["finished", "reused"]
+
+
 def test_a_run_that_read_a_slot_is_used_again_only_while_the_slot_stands(tmp_path: Path) -> None:
     workspace = fresh(tmp_path, {"1_look": stage_cells("look", body="stage.slot('data:tiny')")})
 

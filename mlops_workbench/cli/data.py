@@ -61,8 +61,14 @@ def _snapshot_arguments(
 
     recipe = load_recipe(store.workspace.settings.workspace.recipe, store.root)
     if name == recipe.dataset:
+        from mlops_workbench.pipeline.prepare import named_labels
+
         columns = recipe.features
-        frame = recipe.source(selection or "all") if file is None else read_file(file)
+        frame = (
+            recipe.source(selection or "all")
+            if file is None
+            else named_labels(recipe, read_file(file))
+        )
         schema, features = recipe.schema(), [feature.name for feature in columns.features]
         names = {"key": key or columns.key or "", "label": label or columns.label}
         return frame, {**names, "schema": schema, "features": features}

@@ -72,6 +72,7 @@ class Manifest(Record):
     kernel: str = ""  # "warm", "cold: why" or "by hand"
     upstream: dict[str, str] = {}  # stage -> the run folder that was read, relative to runs/
     slots: dict[str, str] = {}  # slot of the ledger that was read -> what it held at the end
+    files: dict[str, str] = {}  # file from outside that was read -> its SHA-256
 
     _folder: Path = PrivateAttr(default=Path())
 
@@ -144,6 +145,7 @@ class Result(Record):
     summary: str
     data_version: str = ""
     slots: dict[str, str] = {}  # slot of the ledger that was read -> what it held at the end
+    files: dict[str, str] = {}  # file from outside that was read -> its SHA-256
 
 # %% ../../nbs/pipeline/06_manifest.ipynb #0fa85305
 def write_record(folder: Path, file: str, record: Record) -> None:

@@ -19,30 +19,46 @@ from ..data.validation import ValidationReport, validate_batch
 from ..monitoring.prediction_store import read_window
 from .outcome import Outcome, decided_by, write_output
 from .stage import Stage
-from ..recipes.protocol import Recipe
+from ..recipes.protocol import Recipe, label_numbers
 from ..release.deployment import data_slot, set_default_data
 
 # %% auto #0
-__all__ = ['read_batch', 'read_file', 'check_whole', 'labelled_requests', 'accepted_rows', 'join_batch', 'check_batch', 'words',
-           'keep_evidence', 'snapshot_batch', 'hold_back', 'record_refusal']
+__all__ = ['read_batch', 'named_labels', 'read_file', 'check_whole', 'labelled_requests', 'accepted_rows', 'join_batch',
+           'check_batch', 'words', 'keep_evidence', 'snapshot_batch', 'hold_back', 'record_refusal']
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #46c80e8f
 def read_batch(stage: Stage) -> pd.DataFrame:
     """Return the rows of the batch that the stage's parameters name."""
     values = {name: str(value) for name, value in stage.parameters.items()}
     if values["batch_file"]:
-        return read_file(stage.workspace.root, values["batch_file"])
+        path = stage.input(Path(values["batch_file"]))
+        return named_labels(stage.recipe, read_file(stage.workspace.root, str(path)))
     since, until = float(values["log_since"]), float(values["log_until"])
     if since:
         return labelled_requests(stage.workspace, stage.recipe, since, until)
+    if source := getattr(stage.recipe, "source_file", None):
+        stage.input(source)
     return stage.recipe.source(values["selection"])
+
+# %% ../../nbs/pipeline/31_prepare.ipynb #497e7c5a
+def named_labels(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with names of classes in the label column replaced by their numbers."""
+    label = recipe.features.label
+    names = set(recipe.features.classes)
+    if label not in frame or not set(frame[label]) <= names:
+        return frame
+    return frame.assign(**{label: label_numbers(recipe.features, frame[label], delivered=True)})
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #9894d5a1
 def read_file(root: Path, name: str) -> pd.DataFrame:
     """Return the rows of a .parquet or .csv file, relative to the workspace; UsageError when it is neither."""
     path = Path(name) if Path(name).is_absolute() else root / name
-    if not path.is_file() or path.suffix not in (".parquet", ".csv"):
-        raise UsageError(f"expected batch_file to be a .parquet or .csv file, found {str(path)!r}")
+    if path.suffix not in (".parquet", ".csv"):
+        raise UsageError(
+            f"expected batch_file to be a .parquet or .csv file, found {str(path)!r}; convert it"
+        )
+    if not path.is_file():
+        raise UsageError(f"expected a batch_file, found no file {str(path)!r}; correct the path")
     if path.suffix == ".parquet":
         try:
             return pd.read_parquet(path)

@@ -153,7 +153,7 @@ def complete_run(run: OpenRun, *, kernel: str, seconds: float) -> Manifest:
         stage=record.stage, cycle=record.cycle, attempt=record.attempt, run_id=run_id, parameters=record.parameters,
         reuse_key=record.reuse_key, outputs=outputs, metrics=result.metrics, verdict=result.verdict, summary=result.summary,
         data_version=result.data_version, started_at=record.started_at, finished_at=iso(now()), seconds=round(seconds, 3),
-        trigger=record.trigger, kernel=kernel, upstream=record.upstream, slots=result.slots,
+        trigger=record.trigger, kernel=kernel, upstream=record.upstream, slots=result.slots, files=result.files,
     )  # fmt: skip
     write_record(run.folder, MANIFEST_FILE, manifest)
     manifest._folder = run.folder

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS_READ_BY_STAGES', 'NO_CODE', 'workspace_code', 'library_folder', 'code_digest', 'data_reference',
-           'named_version', 'upstream_runs', 'slots_stand', 'reuse_key']
+           'named_version', 'upstream_runs', 'slots_stand', 'files_stand', 'reuse_key']
 
 # %% ../../nbs/pipeline/10_reuse.ipynb #da0d3938
 import json
@@ -154,6 +154,14 @@ def slots_stand(workspace: Workspace, manifest: Manifest) -> bool:
     own = {manifest.run_id, *(found.run_id for found in read if found is not None)}
     made = {release.digest for release in ledger.releases() if release.run_id in own}
     return all(now.get(name) in made for name in moved)
+
+# %% ../../nbs/pipeline/10_reuse.ipynb #c1e7beb0
+def files_stand(manifest: Manifest) -> bool:
+    """Whether every file from outside that a finished run read still holds what the run read."""
+    return all(
+        Path(name).is_file() and sha256_file(Path(name)) == sha256
+        for name, sha256 in manifest.files.items()
+    )
 
 # %% ../../nbs/pipeline/10_reuse.ipynb #4f952230
 def reuse_key(

@@ -40,7 +40,13 @@ from mlops_workbench.pipeline.manifest import (
     read_manifest,
 )
 from .notebooks import StageNotebook, choose_stages, find_stages
-from .reuse import code_digest, reuse_key, slots_stand, upstream_runs
+from mlops_workbench.pipeline.reuse import (
+    code_digest,
+    files_stand,
+    reuse_key,
+    slots_stand,
+    upstream_runs,
+)
 
 # %% ../../nbs/pipeline/15_runner.ipynb #436ec88c
 def distribute(
@@ -221,8 +227,9 @@ class Plan:
         )
 
     def intact(self, manifest: Manifest) -> bool:
-        """Whether a finished run can stand for one of today: its outputs are there, and the slots it read stand."""
-        return outputs_intact(manifest) and slots_stand(self.workspace, manifest)
+        """Whether a finished run can stand for one of today: its outputs are there, what it read stands."""
+        stands = slots_stand(self.workspace, manifest) and files_stand(manifest)
+        return stands and outputs_intact(manifest)
 
     def nothing_to_do(self, cycle: Cycle | None) -> list[Manifest] | None:
         """The finished runs of all stages when none has to run and nothing has to be written; else None."""

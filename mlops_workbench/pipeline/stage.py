@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ..core.errors import StageError, StageParameterError, shorten
-from ..core.files import safe_join
+from ..core.files import safe_join, sha256_file
 from ..core.workspace import Workspace
 from ..experiment.hardware import HardwareSampler
 from ..experiment.recorder import Recorder
@@ -83,6 +83,7 @@ class Stage:
             False,
         )
         self._slots: set[str] = set()  # that were read
+        self._files: dict[str, str] = {}  # that were read, with their SHA-256
         self._hardware = HardwareSampler(os.getpid(), self.recorder, SAMPLE_SECONDS).start()
 
     @property
@@ -150,6 +151,13 @@ class Stage:
         found = self.ledger.slot(name)
         return found.digest if found else None
 
+    def input(self, path: Path) -> Path:
+        """A file from outside that the stage reads; the run is used again only while the file holds the same bytes."""
+        found = path if path.is_absolute() else self.workspace.root / path
+        if found.is_file():
+            self._files[str(found)] = sha256_file(found)
+        return found
+
     def output(self, name: str) -> Path:
         """The path for an output file of this run; its folder exists."""
         path = safe_join(self.folder / OUTPUTS, name)
@@ -178,6 +186,7 @@ class Stage:
             summary=summary,
             data_version=self.data_version,
             slots={name: self.slot(name) or "" for name in sorted(self._slots)},
+            files=self._files,
         )
         self._hardware.stop()
         if numbers:

@@ -190,6 +190,11 @@ class TabularRecipe:
     def __repr__(self) -> str:
         return f"TabularRecipe({self.name!r}, {len(self.features.features)} columns, label {self.features.label!r})"
 
+    @property
+    def source_file(self) -> Path | None:
+        """The file that the rows come from, None where a function makes them."""
+        return None if callable(self._source) else Path(self._source)
+
     def with_root(self, root: Path) -> "TabularRecipe":
         """The same recipe with a relative source file looked for under `root`."""
         if callable(self._source) or Path(self._source).is_absolute():
