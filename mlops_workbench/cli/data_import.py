@@ -17,6 +17,8 @@ from .options import json_option, print_json, workspace_option
 from ..core.errors import UsageError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from mlops_workbench.data.sources import Source
     from mlops_workbench.data.versions import DataStore
 
@@ -65,7 +67,8 @@ def import_data(
     with waiting(f"reading {source} and storing its rows"), tempfile.TemporaryDirectory() as work:
         found = _read(store, source, labels, Path(work))
         arguments = _columns(store, name, found, key, label)
-        frame = appended(store, name, found.frame, arguments["key"]) if append else found.frame
+        frame = _rows(store, name, found)
+        frame = appended(store, name, frame, arguments["key"]) if append else frame
         arguments |= {"message": message or f"imported from {found.origin}", "force": force}
         version = store.snapshot(name, frame, source_batch=batch, **judged(store, arguments))
     if as_json:
@@ -93,6 +96,15 @@ def _read(store: DataStore, source: str, labels: Path | None, work: Path) -> Sou
     dataset = fetch_dataset(store.workspace, source, work)
     origin = f"{source} ({dataset.name}, MLflow digest {dataset.digest})"
     return replace(read_source(dataset.path, work, labels=labels), origin=origin)
+
+# %% ../../nbs/cli/29_data_import.ipynb #cff1dd7c
+def _rows(store: DataStore, name: str, found: Source) -> pd.DataFrame:
+    """The rows of a source; for the recipe's data set with the numbers of the classes that its labels name."""
+    from mlops_workbench.pipeline.prepare import named_labels
+    from mlops_workbench.recipes.protocol import load_recipe
+
+    recipe = load_recipe(store.workspace.settings.workspace.recipe, store.root)
+    return named_labels(recipe, found.frame) if name == recipe.dataset else found.frame
 
 # %% ../../nbs/cli/29_data_import.ipynb #e9c79f9a
 def _columns(store: DataStore, name: str, found: Source, key: str, label: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.bundle import read_manifest
-from ..core.errors import DataError
+from ..core.errors import DataError, SettingsError
 from ..core.settings import GateSettings
 from ..core.workspace import Workspace
 from ..recipes.protocol import Recipe, encode
@@ -137,6 +138,13 @@ def quality_gates(
         return float(recipe.metrics(labels[drawn], of[drawn])[gate.metric])
 
     everything = np.arange(len(labels))
+    known = list(recipe.metrics(labels, probabilities))
+    if gate.metric not in known:
+        near = get_close_matches(gate.metric, known, 1)
+        raise SettingsError(
+            f"expected a metric of {recipe.name!r} in [gates.{recipe.name}], found {gate.metric!r}; "
+            f"{f'did you mean {near[0]!r}? ' if near else ''}its metrics are {', '.join(known)}"
+        )
     value = metric(probabilities, everything)
     interval = bootstrap_interval(
         lambda drawn: metric(probabilities, drawn), len(labels), confidence=confidence
