@@ -170,7 +170,10 @@ def compare(before: StoredVersion, after: StoredVersion) -> DataDiff:
 def _keys(side: StoredVersion, places: NDArray[np.int64]) -> pd.Series:
     """The keys of some rows in their own type."""
     name = side.version.key
-    table = side.rows([name], places)
+    if "key_column" in vars(side):  # read before
+        table = pa.table({name: side.key_column.take(pa.array(places))})
+    else:
+        table = side.rows([name], places)
     return to_frame(table, {name: side.version.columns[name]})[name]
 
 # %% ../../nbs/data/05_diff.ipynb #203226be
