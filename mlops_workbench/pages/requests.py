@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.clock import timestamp
-from ..core.errors import UsageError, shorten
+from ..core.errors import UsageError, WorkbenchError, shorten
 from ..core.files import read_json, write_json
 
 # %% auto #0
@@ -84,7 +84,7 @@ def read_request(path: Path) -> Request:
     """Return the request in a file; UsageError when it is none."""
     try:
         content = read_json(path)
-    except (OSError, ValueError) as error:
+    except (OSError, WorkbenchError) as error:
         raise UsageError(
             f"expected a request in {path.name}, found {error}; ask again in the page"
         ) from error
