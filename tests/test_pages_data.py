@@ -164,7 +164,6 @@ def test_a_lost_version_is_said_and_breaks_nothing_else(workspace: Workspace) ->
     lost.unlink()
     for place in (workspace.root / ".dvc" / "cache", Path(workspace.remote)):
         shutil.rmtree(place)
-    shutil.rmtree(workspace.materialised_data)
     data_work.work_once(workspace)
     reader.refresh(workspace, {})
     page = data_page(workspace)
