@@ -88,10 +88,12 @@ def start_snapshot(workspace: Workspace, parquet: Path, message: str) -> "subpro
 
 
 def wait_until_ready(process: "subprocess.Popen[str]") -> None:
-    """Wait for the process to begin its snapshot."""
+    """Wait for the process to begin its snapshot; byte by byte, for `communicate` does not see what a buffer took."""
     assert process.stdout is not None
-    line = process.stdout.readline().strip()
-    assert line == "ready", process.stderr.read() if process.stderr else line
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(process.stdout.fileno(), 1)):
+        line += byte
+    assert line == b"ready\n", process.stderr.read() if process.stderr else line
 
 
 def kill_group(process: "subprocess.Popen[str]") -> bool:
