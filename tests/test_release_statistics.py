@@ -118,6 +118,7 @@ def test_equal_arms_are_seldom_told_apart(rate: float, share: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("rate", "share"), GRID)
 def test_equal_arms_are_told_apart_in_at_most_a_twentieth_of_all_comparisons(
     rate: float, share: float
@@ -156,6 +157,7 @@ def test_the_truth_is_inside_at_all_rows_together() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
 @pytest.mark.parametrize(("rate", "effect"), [(0.01, 0.01), (0.1, -0.02), (0.5, 0.05)])
 def test_the_truth_is_inside_in_nineteen_of_twenty(
@@ -198,6 +200,7 @@ def test_planned_power_is_roughly_there() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("old", "effect", "share"),
     [(0.1, 0.02, 0.5), (0.1, 0.03, 0.1), (0.5, 0.04, 0.5), (0.02, 0.01, 0.5)],
