@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from .data_support import find_version, open_store, read_keys, waiting
+from .data_support import open_store, read_keys, waiting
 from mlops_workbench.cli.options import (
     json_option,
     print_json,
@@ -118,7 +118,7 @@ def tag(ref: str, label: str | None, workspace: Path | None, as_json: bool) -> N
 
     store = open_store(workspace)
     if label is None:
-        found = named_versions(store.root, [find_version(store, ref)])
+        found = named_versions(store.root, [store.resolve(ref)])
         print_table(
             [vars(each) for each in found], as_json, empty=f"none; mwb data tag {ref} golden"
         )

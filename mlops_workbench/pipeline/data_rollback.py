@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from ..core.errors import DataError
 from ..core.ledger import Ledger
 from ..core.workspace import Workspace
-from ..data.names import resolve_version
 from ..data.records import DataVersion
 from ..data.versions import DataStore
 from .data_line import withdrawn_versions
@@ -56,7 +55,7 @@ def rollback_data(
             f"expected the version to go back to, such as {ref}@v1.0, found {ref!r}; see `mwb data list`"
         )
     store = DataStore(workspace)
-    version = resolve_version(store, ref)
+    version = store.resolve(ref)
     store.load(version)
     ledger = Ledger(workspace.ledger_url)
     slot = ledger.slot(data_slot(version.ref))
