@@ -124,12 +124,23 @@ def take_rows(
 
     base = base_version(store.workspace, name)
     pictures = pictures or (base.pictures if base is not None else "")
-    names, by = {"key": key, "label": label}, {"actor": getpass.getuser()}
+    names: dict[str, Any] = {"key": key, "label": label}
+    by = {"actor": getpass.getuser()}
     needed = [label, *order, *([pictures] if pictures else [])]
     delivery = deliver(store, base, rows, key, required=needed, append=append, force=force)
-    how = {"schema": schema, "features": features, "skip": order, "pictures": pictures}
+    how: dict[str, Any] = {
+        "schema": schema,
+        "features": features,
+        "skip": order,
+        "pictures": pictures,
+    }
     report = judge(store, delivery, **names, **how)
-    made = {"message": message, "source_batch": batch, "minor": minor, "pictures": pictures}
+    made: dict[str, Any] = {
+        "message": message,
+        "source_batch": batch,
+        "minor": minor,
+        "pictures": pictures,
+    }
     made |= {"order": order or None, "parent": base.ref if base is not None else None}
     intake = take_in(
         store, name, delivery, report, by=by, source=batch or message, force=force, **names, **made

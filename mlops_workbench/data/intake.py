@@ -207,7 +207,9 @@ def _without(delivery: Delivery, report: ValidationReport, key: str) -> pd.DataF
     """The table without the rows that are held back, and with those of the version before in their place."""
     places = np.flatnonzero(delivery.new)[list(report.held)]
     keys = delivery.table.loc[places, key]
-    table = delivery.table.drop(index=places).reset_index(drop=True)
+    stays = np.ones(len(delivery.table), dtype=np.bool_)
+    stays[places] = False
+    table: pd.DataFrame = delivery.table[stays].reset_index(drop=True)
     if pd.api.types.is_float_dtype(table[key].dtype) and (table[key] % 1 == 0).all():
         table[key] = table[key].astype("int64")  # a missing key had made numbers of all others
     if delivery.previous is None:
@@ -216,7 +218,8 @@ def _without(delivery: Delivery, report: ValidationReport, key: str) -> pd.DataF
     back = delivery.previous[known.isin(keys) & ~known.isin(table[key])]
     if not len(back):
         return table
-    return pd.concat([table, back.reindex(columns=table.columns)], ignore_index=True)
+    whole: pd.DataFrame = pd.concat([table, back.reindex(columns=table.columns)], ignore_index=True)
+    return whole
 
 # %% ../../nbs/data/38_intake.ipynb #07761fbd
 def _record_quarantine(
