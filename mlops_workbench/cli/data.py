@@ -5,7 +5,9 @@
 # %% ../../nbs/cli/09_data.ipynb #ef771f52
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +47,9 @@ __all__ = ['data', 'snapshot', 'list_versions', 'show_version', 'show_diff', 'ch
 # %% ../../nbs/cli/09_data.ipynb #22054b15
 @click.group()
 def data() -> None:
-    """Data versions: take one, list them, compare two row by row.
+    """The time machine of the data: take versions, compare two row by row, go back, find what used a row.
+
+    A version is named flights@v1.2, flights@golden (`mwb data tag`), or flights: the newest one.
 
     Example: mwb data diff flights@v1.0 flights@v1.1
     """
@@ -151,7 +155,23 @@ def list_versions(name: str | None, workspace: Path | None, as_json: bool) -> No
         {**version.summary(), **links}
         for version, links in zip(versions, _links(store, versions), strict=True)
     ]
-    print_table(rows, as_json, empty="no data version yet; `mwb data snapshot` makes one")
+    shown = rows if as_json else [_short(row) for row in rows]
+    print_table(shown, as_json, empty="no data version yet; `mwb data snapshot` makes one")
+
+# %% ../../nbs/cli/09_data.ipynb #a698f64b
+def _short(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person wants to see of a version in a list; `mwb data show` has the rest."""
+    state = [row["state"], *(["forced"] if row["forced"] else []), *row["names"]]
+    return {
+        "ref": row["ref"],
+        "state": ", ".join(filter(None, state)),
+        "rows": row["rows"],
+        "new bytes": row["new_bytes"],
+        "parent": row["parent"],
+        "created": row["created_at"][:16].replace("T", " "),
+        "releases": ", ".join(row["releases"]),
+        "message": textwrap.shorten(row["message"], 60, placeholder="..."),
+    }
 
 # %% ../../nbs/cli/09_data.ipynb #01566afa
 def _links(store: DataStore, versions: Sequence[DataVersion]) -> list[dict[str, Any]]:

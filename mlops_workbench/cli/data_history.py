@@ -101,7 +101,9 @@ def rollback(ref: str, reason: str, workspace: Path | None, as_json: bool) -> No
             f"{back.ref} ({back.rows:,} rows) is the default version in place of {back.previous}"
         )
         click.echo(f"do not count any more: {', '.join(back.withdrawn) or 'none'}; all are kept")
-        click.echo(f"forward again: mwb data rollback {back.previous}; a new model: mwb run train")
+        click.echo(f"undo: mwb data rollback {back.previous}; a new model: mwb run train")
+        for remark in back.remarks:
+            click.echo(f"warning: {remark}", err=True)
 
 # %% ../../nbs/cli/27_data_history.ipynb #683dda7d
 @click.command("tag")
