@@ -1,5 +1,6 @@
 """Rows from what a team has already: tables, pictures, DVC and git-lfs trees, the dataset of an MLflow run."""
 
+import io
 import json
 import os
 import shutil
@@ -44,6 +45,12 @@ def draw(folder: Path, count: int = 6) -> dict[str, np.ndarray]:
     return drawn
 
 
+def pixels(file: Path | io.BytesIO) -> np.ndarray:
+    """The values of a picture, [height, width, 3]."""
+    with Image.open(file) as picture:
+        return np.asarray(picture)
+
+
 def taken(store: DataStore, source: Path | str, *words: str, name: str = "pets") -> int:
     """Exit code of an import."""
     return main(["data", "import", name, str(source), *words, "-w", str(store.root)])
@@ -72,10 +79,12 @@ def test_a_folder_of_tables_is_one_table(store: DataStore, tmp_path: Path) -> No
 def test_pictures_come_back_as_they_were(store: DataStore, tmp_path: Path) -> None:
     drawn = draw(tmp_path / "pets")
     assert taken(store, tmp_path / "pets") == 0
-    rows = store.load("pets").set_index("file")
+    rows = store.load("pets").set_index("path")
     assert set(rows.index) == set(drawn)
     assert rows.loc["dog/1.png", "label"] == "dog"
-    assert all(np.array_equal(rows.loc[name, "picture"], drawn[name]) for name in drawn)
+    assert all(rows.loc[name, "image"] == (tmp_path / "pets" / name).read_bytes() for name in drawn)
+    store.checkout("pets", tmp_path / "back")
+    assert all(np.array_equal(pixels(tmp_path / "back" / name), drawn[name]) for name in drawn)
     draw(tmp_path / "more" / "late", 2)
     assert taken(store, tmp_path / "more", "--append") == 0
     assert store.resolve("pets").rows == 8
@@ -94,7 +103,7 @@ def test_a_broken_picture_is_named(
 ) -> None:
     draw(tmp_path / "pets")
     (tmp_path / "pets" / "dog" / "broken.png").write_bytes(content)
-    assert taken(store, tmp_path / "pets") == 1
+    assert taken(store, tmp_path / "pets") == 4
     assert said in capsys.readouterr().err and store.versions() == []
 
 
@@ -143,8 +152,10 @@ def test_a_git_lfs_tree_that_was_not_fetched(store: DataStore, tmp_path: Path) -
     pointers = [path for path in files_under(mine / "pets")]
     assert all(path.stat().st_size < 200 for path in pointers)
     assert taken(store, mine / "pets") == 0
-    rows = store.load("pets").set_index("file")
-    assert all(np.array_equal(rows.loc[name, "picture"], drawn[name]) for name in drawn)
+    rows = store.load("pets").set_index("path")
+    assert all(
+        np.array_equal(pixels(io.BytesIO(rows.loc[name, "image"])), drawn[name]) for name in drawn
+    )
     assert all(path.stat().st_size < 200 for path in pointers), "the tree was changed"
     flip_byte(real_file(pointers[0]))
     with pytest.raises(IntegrityError, match="git lfs fetch"):

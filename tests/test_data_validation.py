@@ -1,6 +1,7 @@
 """Is a batch good: 43 kinds of corruption, real clean months, wrong labels, quarantine and review."""
 
 import json
+import re
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -14,15 +15,17 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
 from mlops_workbench.cli.main import main
-from mlops_workbench.core.errors import DataError, DataRefusedError
+from mlops_workbench.core.errors import DataError
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.settings import DataSettings
+from mlops_workbench.data import intake
 from mlops_workbench.data.columns import check_schema
 from mlops_workbench.data.consistency import check_consistency
 from mlops_workbench.data.infer_schema import build_schema, infer_rules
+from mlops_workbench.data.intake import Intake, deliver, take_in, words
 from mlops_workbench.data.labels import check_labels, suspicious_labels
 from mlops_workbench.data.quarantine import hold_rows, review_list, review_rows, split_batch
-from mlops_workbench.data.validation import BatchRefusedError, ValidationReport, validate_batch
+from mlops_workbench.data.validation import ValidationReport, validate_batch
 from mlops_workbench.data.versions import DataStore
 from mlops_workbench.pipeline.prepare import read_file
 
@@ -301,32 +304,52 @@ def test_small_and_first_batches_say_what_they_cannot_tell() -> None:
 # in the store
 
 
+NAMES = {"key": "flight_id", "label": "late"}
+
+
+def take(
+    store: DataStore, rows: pd.DataFrame, *, parent: str | None = None, force: bool = False
+) -> Intake:
+    """Judge rows that are to stand in place of a version (none: the newest), and take in what is good."""
+    base = store.resolve(parent) if parent is not None else store.latest("flights")
+    delivery = deliver(store, base, rows, NAMES["key"])
+    report = intake.judge(store, delivery, schema=SCHEMA, features=FEATURES, **NAMES)
+    return take_in(
+        store,
+        "flights",
+        delivery,
+        report,
+        by={"actor": "tester"},
+        force=force,
+        parent=base.ref if base is not None else None,
+        **NAMES,
+    )
+
+
 def test_a_refused_batch_makes_no_version_and_force_stays_on_record(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     accepted = month(1, 2, 3, 4, 5)
-    names: dict[str, object] = {
-        "key": "flight_id",
-        "label": "late",
-        "schema": SCHEMA,
-        "features": FEATURES,
-    }
-    first = store.snapshot("flights", accepted, **names)  # type: ignore[arg-type]
-    assert first.validation["verdict"] == "accept" and not first.forced
+    first = take(store, accepted).version
+    assert first is not None and first.validation["verdict"] == "accept" and not first.forced
     turned, wrong = turn_labels(month(6), 1000)
     both = pd.concat([accepted, turned], ignore_index=True)
-    with pytest.raises(BatchRefusedError, match="late: .* look wrong") as refused:
-        store.snapshot("flights", both, **names)  # type: ignore[arg-type]
-    assert isinstance(refused.value, DataRefusedError) and refused.value.exit_code == 4
-    assert refused.value.report.rows == 2000, "only the new rows are judged"
-    named = set(refused.value.report.suspicious["key"])
+    refused = take(store, both)
+    assert refused.verdict == "refused" and refused.version is None
+    assert refused.report is not None
+    assert re.search("late: .* look wrong", words(refused.report))
+    assert refused.report.rows == 2000, "only the new rows are judged"
+    named = set(refused.report.suspicious["key"])
     assert len(named & wrong) / len(named) > 0.65
     assert [version.ref for version in store.versions()] == ["flights@v1.0"]
-    forced = store.snapshot("flights", both, force=True, **names)  # type: ignore[arg-type]
-    assert forced.forced and forced.validation["verdict"] == "refuse"
+    said = Ledger(store.workspace.ledger_url).decisions()
+    assert [decision.verdict for decision in said] == ["refused"]
+    forced = take(store, both, force=True)
+    assert forced.verdict == "forced" and forced.version is not None
+    assert forced.version.forced and forced.version.validation["verdict"] == "refuse"
     assert store.resolve("flights").forced
-    good = store.snapshot(
-        "flights", pd.concat([accepted, month(6)], ignore_index=True), parent="flights@v1.0", **names  # type: ignore[arg-type]
-    )  # fmt: skip
+    six = pd.concat([accepted, month(6)], ignore_index=True)
+    good = take(store, six, parent="flights@v1.0").version
+    assert good is not None
     assert (good.ref, good.forced, good.parent) == ("flights@v1.2", False, "flights@v1.0")
     assert store.diff("flights@v1.1", "flights@v1.2").counts["relabelled"] == 1000
 
@@ -334,21 +357,20 @@ def test_a_refused_batch_makes_no_version_and_force_stays_on_record(tmp_path: Pa
 def test_relabelled_rows_are_judged_like_new_ones(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     accepted = month(1, 2, 3, 4, 5)
-    names: dict[str, object] = {"key": "flight_id", "label": "late", "schema": SCHEMA}
-    store.snapshot("flights", accepted, **names)  # type: ignore[arg-type]
+    take(store, accepted)
     scrambled = accepted.copy()
     scrambled.loc[4000:4999, "late"] = 1 - scrambled.loc[4000:4999, "late"]
-    with pytest.raises(BatchRefusedError) as refused:
-        store.snapshot("flights", scrambled, **names)  # type: ignore[arg-type]
-    assert refused.value.report.rows == 1000
+    refused = take(store, scrambled)
+    assert refused.verdict == "refused"
+    assert refused.report is not None and refused.report.rows == 1000
 
 
 def test_rows_that_only_go_away_are_not_judged(tmp_path: Path) -> None:
     store = new_store(tmp_path)
-    names: dict[str, object] = {"key": "flight_id", "label": "late", "schema": SCHEMA}
-    store.snapshot("flights", month(1, 2), **names)  # type: ignore[arg-type]
-    fewer = store.snapshot("flights", month(1), **names)  # type: ignore[arg-type]
-    assert fewer.rows == 2000 and fewer.validation == {}
+    take(store, month(1, 2))
+    fewer = take(store, month(1))
+    assert fewer.report is None and fewer.version is not None
+    assert fewer.version.rows == 2000 and fewer.version.validation == {}
 
 
 def test_the_command_line_refuses_with_exit_code_4(

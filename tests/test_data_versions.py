@@ -431,10 +431,12 @@ def test_unknown_versions_say_what_there_is(store: DataStore) -> None:
     with pytest.raises(DataError, match="none yet"):
         store.load("flights")
     store.snapshot("flights", table(10), **NAMES)
-    with pytest.raises(DataError, match=r"found flights@v1\.0; see"):
+    with pytest.raises(DataError, match=r"did you mean flights@v1\.0\? see"):
         store.load("flights@v3.1")
-    with pytest.raises(UsageError, match="such as flights@v1.0"):
+    with pytest.raises(DataError, match=r"did you mean flights@v1\.0"):
         store.load("flights@newest")
+    with pytest.raises(UsageError, match="such as flights@v1.0"):
+        store.load("flights@")
 
 
 # damage

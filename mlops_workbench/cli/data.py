@@ -5,7 +5,9 @@
 # %% ../../nbs/cli/09_data.ipynb #ef771f52
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +19,10 @@ from .drop import drop
 from .data_transfer import pull, push
 from .data_import import import_data
 from mlops_workbench.cli.data_support import (
-    appended,
-    find_version,
-    judged,
     open_store,
-    read_file,
+    take_rows,
+    tell_intake,
+    version_columns,
     waiting,
 )
 from mlops_workbench.cli.options import (
@@ -46,48 +47,32 @@ __all__ = ['data', 'snapshot', 'list_versions', 'show_version', 'show_diff', 'ch
 # %% ../../nbs/cli/09_data.ipynb #22054b15
 @click.group()
 def data() -> None:
-    """Data versions: take one, list them, compare two row by row.
+    """The time machine of the data: take versions, compare two row by row, go back, find what used a row.
+
+    A version is named flights@v1.2, flights@golden (`mwb data tag`), or flights: the newest one.
 
     Example: mwb data diff flights@v1.0 flights@v1.1
     """
 
-# %% ../../nbs/cli/09_data.ipynb #31ddea40
-def _snapshot_arguments(
-    store: DataStore, name: str, file: Path | None, selection: str, key: str, label: str
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The rows, and what `DataStore.snapshot` must know of them; raises UsageError when something is missing."""
-    from mlops_workbench.pipeline.data_rollback import base_version
+# %% ../../nbs/cli/09_data.ipynb #2f80b13d
+def _snapshot_rows(store: DataStore, name: str, file: Path | None, selection: str) -> pd.DataFrame:
+    """The rows of a file, or of the recipe's source; raises UsageError when neither can give them."""
+    from mlops_workbench.data.sources import read_table
+    from mlops_workbench.pipeline.prepare import named_labels
     from mlops_workbench.recipes.protocol import load_recipe
 
     recipe = load_recipe(store.workspace.settings.workspace.recipe, store.root)
-    if name == recipe.dataset:
-        from mlops_workbench.pipeline.prepare import named_labels
-
-        columns = recipe.features
-        frame = (
-            recipe.source(selection or "all")
-            if file is None
-            else named_labels(recipe, read_file(file))
-        )
-        schema, features = recipe.schema(), [feature.name for feature in columns.features]
-        names = {"key": key or columns.key or "", "label": label or columns.label}
-        return frame, {**names, "schema": schema, "features": features}
-    if file is None:
+    if file is not None:
+        if not file.is_file():
+            raise UsageError(f"expected a file with rows, found none at {file}; check the path")
+        rows = read_table(str(file), file)
+        return named_labels(recipe, rows) if name == recipe.dataset else rows
+    if name != recipe.dataset:
         raise UsageError(
             f"expected --from FILE for the data set {name!r}, found none; only {recipe.dataset!r} "
             "comes from the recipe of this workspace"
         )
-    latest = base_version(store.workspace, name)
-    names = {
-        "key": key or (latest.key if latest else ""),
-        "label": label or (latest.label if latest else ""),
-    }
-    missing = [option for option, value in names.items() if not value]
-    if missing:
-        raise UsageError(
-            f"expected --{missing[0]} COLUMN for the first version of {name!r}, found none"
-        )
-    return read_file(file), names
+    return recipe.source(selection or "all")
 
 # %% ../../nbs/cli/09_data.ipynb #e4355df5
 @data.command("snapshot")
@@ -123,37 +108,29 @@ def snapshot(
     workspace: Path | None,
     as_json: bool,
 ) -> None:
-    """Store a table as the next version of NAME (default: the recipe's data set).
+    """Store a table as the next version of NAME (default: the recipe's data set), the default from now on.
+
+    New and changed rows are checked first: single bad ones wait in quarantine (`mwb data review`), and a batch that
+    is bad as a whole is refused, with exit code 4. Both stay on record.
 
     Example: mwb data snapshot flights --selection 2013-01..2013-03 -m "first quarter"
     """
-    store = open_store(workspace)
     from mlops_workbench.data.validation import BatchRefusedError
-    from mlops_workbench.pipeline.data_rollback import base_version
 
+    store = open_store(workspace)
     with waiting("reading, checking and storing the rows"):
         name = name or _recipe_dataset(store)
-        frame, arguments = _snapshot_arguments(store, name, file, selection, key, label)
-        if append:
-            frame = appended(store, name, frame, arguments["key"])
-        arguments |= {"message": message, "source_batch": batch, "force": force, "minor": not major}
-        base = base_version(store.workspace, name)
-        arguments["parent"] = base.ref if base is not None else None
+        rows = _snapshot_rows(store, name, file, selection)
+        about = version_columns(store, name, list(rows.columns), key, label)
+        about |= {"append": append, "order": order, "batch": batch, "message": message}
         try:
-            version = store.snapshot(name, frame, order=order or None, **judged(store, arguments))
+            intake = take_rows(store, name, rows, force=force, minor=not major, **about)
         except BatchRefusedError as error:
             if as_json:
                 print_json(error.report.summary())
             raise
-    if as_json:
-        print_json(
-            {**version.summary(), "unchanged": version.unchanged, "validation": version.validation}
-        )
-        return
-    verdict = "unchanged" if version.unchanged else "forced" if version.forced else "stored"
-    click.echo(f"{version.ref}  {verdict}  {version.rows:,} rows in {version.files} files")
-    for problem in [] if version.unchanged else version.validation.get("problems", []):
-        click.echo(f"  {problem['severity']}: {problem['column']}: {problem['text']}")
+    files = intake.version.files if intake.version is not None else 0
+    tell_intake(intake, name, f"in {files} files", as_json)
 
 # %% ../../nbs/cli/09_data.ipynb #54d48da1
 def _recipe_dataset(store: DataStore) -> str:
@@ -178,7 +155,23 @@ def list_versions(name: str | None, workspace: Path | None, as_json: bool) -> No
         {**version.summary(), **links}
         for version, links in zip(versions, _links(store, versions), strict=True)
     ]
-    print_table(rows, as_json, empty="no data version yet; `mwb data snapshot` makes one")
+    shown = rows if as_json else [_short(row) for row in rows]
+    print_table(shown, as_json, empty="no data version yet; `mwb data snapshot` makes one")
+
+# %% ../../nbs/cli/09_data.ipynb #a698f64b
+def _short(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person wants to see of a version in a list; `mwb data show` has the rest."""
+    state = [row["state"], *(["forced"] if row["forced"] else []), *row["names"]]
+    return {
+        "ref": row["ref"],
+        "state": ", ".join(filter(None, state)),
+        "rows": row["rows"],
+        "new bytes": row["new_bytes"],
+        "parent": row["parent"],
+        "created": row["created_at"][:16].replace("T", " "),
+        "releases": ", ".join(row["releases"]),
+        "message": textwrap.shorten(row["message"], 60, placeholder="..."),
+    }
 
 # %% ../../nbs/cli/09_data.ipynb #01566afa
 def _links(store: DataStore, versions: Sequence[DataVersion]) -> list[dict[str, Any]]:
@@ -211,7 +204,7 @@ def show_version(ref: str, workspace: Path | None, as_json: bool) -> None:
     Example: mwb data show flights@v1.1
     """
     store = open_store(workspace)
-    version = find_version(store, ref)
+    version = store.resolve(ref)
     record = {**store.show(version.ref), **_links(store, [version])[0]}
     if not as_json:
         record["manifest"] = record["manifest"]["sha256"]
@@ -231,7 +224,7 @@ def show_diff(before: str, after: str, rows: int, workspace: Path | None, as_jso
     Example: mwb data diff flights@v1.0 flights@v1.1 --rows 20
     """
     store = open_store(workspace)
-    sides = find_version(store, before), find_version(store, after)
+    sides = store.resolve(before), store.resolve(after)
     with waiting("comparing"):
         difference = store.diff(*sides)
     if as_json:
@@ -279,7 +272,7 @@ def checkout(ref: str, folder: Path, workspace: Path | None, as_json: bool) -> N
     Example: mwb data checkout flights@v1.0 /tmp/flights
     """
     store = open_store(workspace)
-    version = find_version(store, ref)
+    version = store.resolve(ref)
     with waiting("fetching"):
         place = store.checkout(version, folder)
     print_record({"ref": version.ref, "folder": str(place), "rows": version.rows}, as_json)
@@ -297,7 +290,7 @@ def verify(ref: str | None, repair: bool, workspace: Path | None, as_json: bool)
     """
     store = open_store(workspace)
     with waiting("hashing every file"):
-        found = store.verify(find_version(store, ref).ref if ref else None, repair=repair)
+        found = store.verify(store.resolve(ref).ref if ref else None, repair=repair)
     print_table([vars(problem) for problem in found], as_json, empty="every file is whole")
     lasting = [problem for problem in found if not problem.repaired]
     if lasting:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from .data_support import find_version, open_store, read_keys, waiting
+from .data_support import open_store, read_keys, waiting
 from mlops_workbench.cli.options import (
     json_option,
     print_json,
@@ -101,7 +101,9 @@ def rollback(ref: str, reason: str, workspace: Path | None, as_json: bool) -> No
             f"{back.ref} ({back.rows:,} rows) is the default version in place of {back.previous}"
         )
         click.echo(f"do not count any more: {', '.join(back.withdrawn) or 'none'}; all are kept")
-        click.echo(f"forward again: mwb data rollback {back.previous}; a new model: mwb run train")
+        click.echo(f"undo: mwb data rollback {back.previous}; a new model: mwb run train")
+        for remark in back.remarks:
+            click.echo(f"warning: {remark}", err=True)
 
 # %% ../../nbs/cli/27_data_history.ipynb #683dda7d
 @click.command("tag")
@@ -118,7 +120,7 @@ def tag(ref: str, label: str | None, workspace: Path | None, as_json: bool) -> N
 
     store = open_store(workspace)
     if label is None:
-        found = named_versions(store.root, [find_version(store, ref)])
+        found = named_versions(store.root, [store.resolve(ref)])
         print_table(
             [vars(each) for each in found], as_json, empty=f"none; mwb data tag {ref} golden"
         )

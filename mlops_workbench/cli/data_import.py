@@ -8,12 +8,18 @@ from __future__ import annotations
 import tempfile
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from .data_support import appended, judged, open_store, waiting
-from .options import json_option, print_json, workspace_option
+from mlops_workbench.cli.data_support import (
+    open_store,
+    take_rows,
+    tell_intake,
+    version_columns,
+    waiting,
+)
+from .options import json_option, workspace_option
 from ..core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +40,7 @@ __all__ = ['import_data']
 @click.option(
     "--labels",
     type=click.Path(path_type=Path),
-    help="For pictures: a CSV with the columns file and label, instead of the folders' names.",
+    help="For pictures: a CSV with the columns path and label, instead of the folders' names.",
 )
 @click.option("--append", is_flag=True, help="Add the rows; known keys are replaced.")
 @click.option("-m", "--message", default="", help="Why this version is made.")
@@ -55,7 +61,7 @@ def import_data(
     workspace: Path | None,
     as_json: bool,
 ) -> None:
-    """Store SOURCE as the next version of NAME.
+    """Store SOURCE as the next version of NAME, the default from now on; bad rows wait or are refused, as in a snapshot.
 
     SOURCE is a CSV or Parquet file, a folder of such, a folder of pictures (a folder a label), what DVC or
     git-lfs tracks (a .dvc file, or a path in such a repository, checked out or not), or the dataset of an
@@ -63,24 +69,21 @@ def import_data(
 
     Example: mwb data import digits ~/digits-by-label -m "scanned in May"
     """
+    from mlops_workbench.data.pictures import IMAGE
+
     store = open_store(workspace)
     with waiting(f"reading {source} and storing its rows"), tempfile.TemporaryDirectory() as work:
         found = _read(store, source, labels, Path(work))
-        arguments = _columns(store, name, found, key, label)
-        frame = _rows(store, name, found)
-        frame = appended(store, name, frame, arguments["key"]) if append else frame
-        arguments |= {"message": message or f"imported from {found.origin}", "force": force}
-        version = store.snapshot(name, frame, source_batch=batch, **judged(store, arguments))
-    if as_json:
-        print_json(
-            {**version.summary(), "unchanged": version.unchanged, "kind": found.kind}
-            | {"source": found.origin}
+        rows = _rows(store, name, found)
+        about = version_columns(
+            store, name, list(rows.columns), key or found.key, label or found.label
         )
-        return
-    verdict = "unchanged" if version.unchanged else "forced" if version.forced else "imported"
-    click.echo(
-        f"{version.ref}  {verdict}  {version.rows:,} rows ({found.kind}) from {found.origin}"
-    )
+        about |= {"append": append, "batch": batch, "force": force}
+        about |= {"pictures": IMAGE if found.kind == "pictures" else ""}
+        message = message or f"imported from {found.origin}"
+        intake = take_rows(store, name, rows, message=message, **about)
+    what = f"({found.kind}) from {found.origin}"
+    tell_intake(intake, name, what, as_json, kind=found.kind, source=found.origin)
 
 # %% ../../nbs/cli/29_data_import.ipynb #6cfbec1d
 def _read(store: DataStore, source: str, labels: Path | None, work: Path) -> Source:
@@ -99,34 +102,21 @@ def _read(store: DataStore, source: str, labels: Path | None, work: Path) -> Sou
 
 # %% ../../nbs/cli/29_data_import.ipynb #cff1dd7c
 def _rows(store: DataStore, name: str, found: Source) -> pd.DataFrame:
-    """The rows of a source; for the recipe's data set with the numbers of the classes that its labels name."""
+    """The rows of a source; for the recipe's data set with the numbers of the classes that its labels name.
+
+    Raises UsageError for files of pictures that the recipe does not read.
+    """
     from mlops_workbench.pipeline.prepare import named_labels
     from mlops_workbench.recipes.protocol import load_recipe
 
     recipe = load_recipe(store.workspace.settings.workspace.recipe, store.root)
-    return named_labels(recipe, found.frame) if name == recipe.dataset else found.frame
-
-# %% ../../nbs/cli/29_data_import.ipynb #e9c79f9a
-def _columns(store: DataStore, name: str, found: Source, key: str, label: str) -> dict[str, Any]:
-    """Key, label, parent and schema of the version; raises UsageError when a column must be named."""
-    from mlops_workbench.pipeline.data_rollback import base_version
-    from mlops_workbench.recipes.protocol import load_recipe
-
-    recipe = load_recipe(store.workspace.settings.workspace.recipe, store.root)
-    base = base_version(store.workspace, name)
-    known: dict[str, Any] = {"parent": base.ref if base else None}
-    own = name == recipe.dataset
-    if own:
-        features = [feature.name for feature in recipe.features.features]
-        known |= {"schema": recipe.schema(), "features": features}
-    known["key"] = key or found.key or (base.key if base else "")
-    known["label"] = label or found.label or (base.label if base else "")
-    known["key"] = known["key"] or (recipe.features.key or "" if own else "")
-    known["label"] = known["label"] or (recipe.features.label if own else "")
-    for option in ("key", "label"):
-        if not known[option]:
-            columns = ", ".join(map(str, found.frame.columns[:20]))
-            raise UsageError(
-                f"expected --{option} COLUMN for the first version of {name!r}, found none; columns: {columns}"
-            )
-    return known
+    if name != recipe.dataset:
+        return found.frame
+    if found.kind == "pictures":
+        columns = [each.name for each in recipe.features.features]
+        raise UsageError(
+            f"expected rows for the recipe {recipe.name!r} (columns {recipe.features.key}, {', '.join(columns[:5])}, "
+            f"{recipe.features.label}), found a folder of picture files; store the files under another name than "
+            f"{name!r}, and let a recipe of yours read them from there"
+        )
+    return named_labels(recipe, found.frame)

@@ -37,7 +37,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "run": CommandEntry("run", "Run stages; finished ones with the same inputs are reused."),
     "stage": CommandEntry("stage", "List the stages and their parameters."),
     "data": CommandEntry(
-        "data", "Snapshot, list, show, compare, check out and verify data versions."
+        "data", "Data versions: snapshot, import, diff, roll back, review, used-by, push and more."
     ),
     "runs": CommandEntry("runs", "List, show and compare experiment runs."),
     "release": CommandEntry("release", "List and show releases with their gates."),

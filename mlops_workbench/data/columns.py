@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
     import pandera.pandas as pandera
 
 # %% auto #0
-__all__ = ['RANGE_SHARE', 'UNKNOWN_SHARE', 'CERTAIN', 'FEW', 'check_schema', 'usual_change', 'check_missing', 'check_range',
-           'check_categories', 'column_kind', 'check_against', 'check_keys']
+__all__ = ['MISSING', 'RANGE_SHARE', 'UNKNOWN_SHARE', 'CERTAIN', 'FEW', 'check_schema', 'usual_change', 'check_missing',
+           'check_range', 'check_categories', 'column_kind', 'check_against', 'check_keys']
+
+# %% ../../nbs/data/34_columns.ipynb #bbdcef3a
+MISSING = "the column is missing"
 
 # %% ../../nbs/data/34_columns.ipynb #162039e4
 def check_schema(frame: pd.DataFrame, schema: pandera.DataFrameSchema, key: str) -> list[Problem]:
@@ -42,7 +46,7 @@ def check_schema(frame: pd.DataFrame, schema: pandera.DataFrameSchema, key: str)
         if check == "column_in_dataframe":
             name, text, count = (
                 str(cases["failure_case"].iloc[0]),
-                "the column is missing",
+                MISSING,
                 len(frame),
             )
         else:
@@ -147,6 +151,13 @@ def column_kind(cells: pd.Series) -> str:
         return "numbers"
     return "arrays" if cells.map(lambda cell: isinstance(cell, np.ndarray)).any() else "text"
 
+# %% ../../nbs/data/34_columns.ipynb #992ad1bd
+def _hint(column: str, frame: pd.DataFrame, previous: pd.DataFrame) -> str:
+    """A column of the batch that is new and has nearly the name of the missing one, as a question."""
+    new = [str(name) for name in frame.columns if name not in previous.columns]
+    near = get_close_matches(column, new, n=1)
+    return f"; is {near[0]!r} meant?" if near else ""
+
 # %% ../../nbs/data/34_columns.ipynb #87fe9f03
 def check_against(
     frame: pd.DataFrame,
@@ -162,7 +173,8 @@ def check_against(
             continue
         if column not in frame:
             rule = "all columns of the version before"
-            problems.append(Problem(column, rule, len(frame), (), "the column is missing"))
+            text = f"{MISSING}{_hint(column, frame, previous)}"
+            problems.append(Problem(column, rule, len(frame), (), text))
             continue
         problems += check_missing(frame, previous, column, key, allowed_missing)
         if not frame[column].notna().any() or not previous[column].notna().any():
@@ -182,7 +194,7 @@ def check_against(
 def check_keys(frame: pd.DataFrame, key: str) -> list[Problem]:
     """Findings about missing and doubled keys, and a missing key column."""
     if key not in frame:
-        return [Problem(key, "a key column", len(frame), (), "the column is missing")]
+        return [Problem(key, "a key column", len(frame), (), MISSING)]
     problems = []
     missing = frame[key].isna()
     if missing.any():

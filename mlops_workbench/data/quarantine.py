@@ -233,7 +233,7 @@ def _take_in(store: DataStore, name: str, taken: pd.DataFrame, default: str | No
         label=base.label,
         message=note,
         source_batch="review",
-        validate=lambda *_: report,
+        report=report,
         parent=base.ref,
     )
 

@@ -80,15 +80,17 @@ def check_name(name: str) -> str:
 
 # %% ../../nbs/data/04_tags.ipynb #6a2c0d46
 def parse_ref(
-    ref: str,  # "flights" or "flights@v1.2"
+    ref: str,  # "flights", "flights@v1.2" or "flights@golden"
 ) -> tuple[str, str | None]:
-    """Name and version of a reference, None for the latest; raises UsageError."""
+    """Name and version (or a version's human name) of a reference, None for the latest; raises UsageError."""
     name, at, version = ref.partition("@")
-    if at and not re.fullmatch(r"v\d{1,9}\.\d{1,9}", version):
+    try:
+        return check_name(name), check_name(version) if at else None
+    except UsageError as error:
         raise UsageError(
-            f"expected a data version such as flights@v1.0, found {shorten(ref)}; see `mwb data list`"
-        )
-    return check_name(name), version or None
+            f"expected a data version such as flights@v1.0 or flights@golden, found {shorten(ref)}; "
+            "see `mwb data list`"
+        ) from error
 
 # %% ../../nbs/data/04_tags.ipynb #85eea330
 def version_number(version: str) -> tuple[int, int]:
@@ -117,6 +119,11 @@ class TaggedFiles:
     commit: str
     record: str  # the text of data/<name>.json
     pointer: str  # the text of data/<name>.dvc
+
+    @property
+    def ref(self) -> str:
+        """The reference, for example flights@v1.0."""
+        return f"{self.name}@{self.version}"
 
 # %% ../../nbs/data/04_tags.ipynb #7d114109
 def read_tags(root: Path, name: str | None = None) -> list[TaggedFiles]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from ..core.errors import DataError, IntegrityError
 from ..core.files import write_atomic
 from . import dvc
-from .names import resolve_version
 from mlops_workbench.data.remotes import (
     Remote,
     explained,
@@ -93,7 +92,7 @@ def _batches(
 ) -> Iterator[_Batch]:
     """The versions in batches, each under the lock and in a work folder of its own."""
     places, target = store.places, find_remote(store.dvc, remote)
-    chosen = [resolve_version(store, ref).ref for ref in refs]
+    chosen = [store.resolve(ref).ref for ref in refs]
     known = {f"{tag.name}@{tag.version}": tag.pointer for tag in read_tags(store.root)}
     pointers = {ref: known[ref] for ref in dict.fromkeys(chosen or known)}
     if not pointers:
@@ -178,7 +177,7 @@ class _Counts:
 # %% ../../nbs/data/23_transfer.ipynb #39f2a6a1
 def _unlisted(store: DataStore, refs: Sequence[str]) -> list[str]:
     """The versions whose list of files is not in the cache: they were evicted, or never fetched here."""
-    chosen = {resolve_version(store, ref).ref for ref in refs}
+    chosen = {store.resolve(ref).ref for ref in refs}
     return [
         f"{tag.name}@{tag.version}"
         for tag in read_tags(store.root)

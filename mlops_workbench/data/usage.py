@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..core.clock import now
-from ..core.errors import DataError, UsageError, shorten
+from ..core.errors import UsageError
 from ..core.ledger import Ledger, ReleaseRow
 from ..core.slot_history import slot_history
 from .records import DataVersion
@@ -147,17 +147,14 @@ def _matching_rows(store: DataStore, version: DataVersion, wanted: pa.Array) -> 
 def used_by(store: DataStore, name: str, keys: Iterable[object]) -> RowUse:
     """Every version, release and time in production that contained these rows of a data set.
 
-    Raises UsageError without keys and DataError for an unknown data set.
+    A reference such as flights@v1.2 asks for that version alone. Raises UsageError without keys and DataError for an
+    unknown data set or version.
     """
     wanted = tuple(dict.fromkeys(str(key) for key in keys))
     if not wanted:
         raise UsageError("expected at least one key of a row, found none; name them, or a file")
-    versions = store.versions(name)
-    if not versions:
-        names = ", ".join(sorted({version.name for version in store.versions()}))
-        raise DataError(
-            f"expected a data set, found no version of {shorten(name)}; there are: {names or 'none yet'}"
-        )
+    chosen = store.resolve(name)
+    versions = [chosen] if "@" in name else store.versions(name)
     uses = find_keys(store, versions, wanted)
     seen = {key for use in uses for key in use.keys}
     ledger = Ledger(store.workspace.ledger_url)

@@ -16,7 +16,13 @@ import pandas as pd
 
 from ..core.errors import DataError, DataRefusedError, shorten
 from ..core.settings import DataSettings, Settings
-from .columns import check_against, check_keys, check_schema, usual_change
+from mlops_workbench.data.columns import (
+    MISSING,
+    check_against,
+    check_keys,
+    check_schema,
+    usual_change,
+)
 from .consistency import check_consistency
 from .distribution import DistributionReport, compare_distributions
 from .findings import EXAMPLES, Problem, row_problem
@@ -206,7 +212,7 @@ def _check_columns(
         ]
     if previous is None or key not in frame:
         return problems
-    missing = {problem.column for problem in problems if problem.text == "the column is missing"}
+    missing = {problem.column for problem in problems if problem.text.startswith(MISSING)}
     found = check_against(frame, previous, key, limits.maximum_missing_share_change, skip)
     problems += [problem for problem in found if problem.column not in missing]
     whole = {problem.column for problem in problems if problem.severity == "refuse"}

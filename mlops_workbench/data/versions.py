@@ -24,6 +24,7 @@ from ..core.files import file_lock, read_json, write_json
 from ..core.workspace import Workspace
 from . import dvc, tags
 from .diff import DataDiff, compare
+from .names import find_version
 from mlops_workbench.data.pictures import (
     IMAGE,
     LABEL,
@@ -34,14 +35,12 @@ from mlops_workbench.data.pictures import (
     write_pictures,
 )
 from .records import DataVersion, prepare_rows, version_record
-from .snapshots import Snapshot, StoredFiles, Validate, parse_tag
+from .snapshots import Snapshot, StoredFiles, parse_tag
 from .storage import CHECKOUT, Places, clear_errors, log, write_checkout
 from .stored import StoredVersion
 from .verification import StoredProblem, verify_versions
 
 if TYPE_CHECKING:
-    import pandera.pandas as pandera
-
     from mlops_workbench.data.validation import ValidationReport
 
 # %% ../../nbs/data/13_versions.ipynb #19c57774
@@ -68,7 +67,7 @@ class DataStore:
         return next(reversed(self.versions(name)), None)
 
     def resolve(self, ref: str | DataVersion) -> DataVersion:
-        """The version that "flights@v1.1" or "flights" (the newest) names; raises DataError."""
+        """The version that "flights@v1.1", "flights@golden" or "flights" (the newest) names; raises DataError."""
         return self._tagged(ref)[0]
 
     def show(self, ref: str | DataVersion) -> dict[str, Any]:
@@ -110,11 +109,8 @@ class DataStore:
         label: str,
         message: str = "",
         source_batch: str = "",  # a name for the rows that are new; default: the version
-        force: bool = False,  # take the rows although validation refuses them
-        validate: Validate
-        | None = None,  # judges (new rows, previous rows); None and no schema: nothing is judged
-        schema: "pandera.DataFrameSchema | None" = None,  # validate with this and the settings
-        features: Sequence[str] | None = None,  # with `schema`: the columns that a model will see
+        force: bool = False,  # take the rows although the report refuses them, or the base is lost
+        report: "ValidationReport | None" = None,  # what `intake.judge` said of the new rows
         minor: bool = True,  # False: v1.3 is followed by v2.0
         order: Sequence[str]
         | None = None,  # columns to sort by before the key; default: as the parent
@@ -123,11 +119,9 @@ class DataStore:
     ) -> DataVersion:
         """Store the table as the next version; the newest one comes back when nothing changed.
 
-        Raises DataError (unfit table, full disk), DataRefusedError (validation), ConflictError (the lock).
+        Raises DataError (unfit table, full disk), DataRefusedError (a report that refuses), ConflictError (the lock).
         """
         tags.check_name(name)
-        if validate is None and schema is not None:
-            validate = self._validator(schema, key, label, features, order or ())
         with self._locked():
             known = tags.read_tags(self.root, name)
             base = self._base(known, parent, name)
@@ -148,7 +142,7 @@ class DataStore:
                 )
                 if same and same[-1] is known[-1]:
                     return replace(parse_tag(same[-1]), unchanged=True)
-                return job.run(validate, StoredFiles.of(same[-1]) if same else None)
+                return job.run(report, StoredFiles.of(same[-1]) if same else None)
 
     def snapshot_folder(
         self,
@@ -232,17 +226,8 @@ class DataStore:
 
     def _tagged(self, ref: str | DataVersion) -> tuple[DataVersion, str]:
         """A version and its pointer; raises DataError that says which versions there are."""
-        name, wanted = tags.parse_ref(ref if isinstance(ref, str) else ref.ref)
-        known = tags.read_tags(self.root, name)
-        for found in reversed(known):
-            if wanted in (None, found.version):
-                return parse_tag(found), found.pointer
-        there = ", ".join(f"{found.name}@{found.version}" for found in known[-5:])
-        names = sorted({found.name for found in tags.read_tags(self.root)})
-        raise DataError(
-            f"expected a data version {ref!r}, found {there or 'none of that name'}"
-            f"{'' if known else '; data sets here: ' + (', '.join(names) or 'none yet')}; see `mwb data list`"
-        )
+        found = find_version(self.root, ref if isinstance(ref, str) else ref.ref)
+        return parse_tag(found), found.pointer
 
     def _base(
         self, known: Sequence[tags.TaggedFiles], parent: str | None, name: str
@@ -252,9 +237,10 @@ class DataStore:
             return None
         if parent is None:
             return StoredVersion(self.places, parse_tag(known[-1]), known[-1].pointer)
-        if tags.parse_ref(parent)[0] != name:
-            raise UsageError(f"expected a parent of the data set {name!r}, found {parent!r}")
-        return StoredVersion(self.places, *self._tagged(parent))
+        version, pointer = self._tagged(parent)
+        if version.name != name:
+            raise UsageError(f"expected a parent of the data set {name!r}, found {version.ref}")
+        return StoredVersion(self.places, version, pointer)
 
     def _is_whole(self, found: tags.TaggedFiles) -> bool:
         """True when all files of a version can be read; the lock is held."""
@@ -279,33 +265,6 @@ class DataStore:
     def _locked(self) -> contextlib.AbstractContextManager[None]:
         """One writer at a time: whoever runs DVC holds this lock."""
         return file_lock(self.workspace.locks / "data.lock", LOCK_SECONDS)
-
-    def _validator(
-        self,
-        schema: "pandera.DataFrameSchema",
-        key: str,
-        label: str,
-        features: Sequence[str] | None,
-        moving: Sequence[str],
-    ) -> Validate:
-        """The judge of new rows that the settings and the schema make."""
-        from mlops_workbench.data.validation import validate_batch
-
-        settings = self.workspace.settings.data
-
-        def validate(frame: pd.DataFrame, previous: pd.DataFrame | None) -> "ValidationReport":
-            return validate_batch(
-                frame,
-                schema=schema,
-                previous=previous,
-                key=key,
-                label=label,
-                settings=settings,
-                features=features,
-                skip=moving,
-            )
-
-        return validate
 
 # %% ../../nbs/data/13_versions.ipynb #9b4f67d2
 CHECKOUT_ROWS = 1 << 17  # in one Parquet file of a checkout

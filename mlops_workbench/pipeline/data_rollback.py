@@ -8,12 +8,12 @@ __all__ = ['DataRollback', 'rollback_data', 'base_version']
 # %% ../../nbs/pipeline/46_data_rollback.ipynb #df3140fd
 import html
 
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from ..core.errors import DataError
 from ..core.ledger import Ledger
 from ..core.workspace import Workspace
-from ..data.names import resolve_version
 from ..data.records import DataVersion
 from ..data.versions import DataStore
 from .data_line import withdrawn_versions
@@ -30,6 +30,7 @@ class DataRollback:
     changed: bool  # False: it was the default already
     withdrawn: tuple[str, ...]  # versions that do not count any more; they are kept
     decision_id: int  # 0 when nothing changed
+    remarks: tuple[str, ...] = ()  # what speaks against this version
 
     def _repr_html_(self) -> str:
         cells = (
@@ -56,7 +57,7 @@ def rollback_data(
             f"expected the version to go back to, such as {ref}@v1.0, found {ref!r}; see `mwb data list`"
         )
     store = DataStore(workspace)
-    version = resolve_version(store, ref)
+    version = store.resolve(ref)
     store.load(version)
     ledger = Ledger(workspace.ledger_url)
     slot = ledger.slot(data_slot(version.ref))
@@ -83,8 +84,25 @@ def rollback_data(
             key=f"data-rollback-{version.ref}-{change.decision_id}",
         )
     withdrawn = withdrawn_versions(workspace, version.name) - known
-    numbers = (version.rows, True, tuple(sorted(withdrawn)), change.decision_id)
-    return DataRollback(version.ref, before, *numbers)
+    return DataRollback(
+        version.ref,
+        before,
+        version.rows,
+        True,
+        tuple(sorted(withdrawn)),
+        change.decision_id,
+        tuple(_remarks(version, known)),
+    )
+
+# %% ../../nbs/pipeline/46_data_rollback.ipynb #6c45e0d3
+def _remarks(version: DataVersion, withdrawn: Set[str]) -> Iterator[str]:
+    """What is known against a version."""
+    if version.forced:
+        problems = version.validation.get("problems", [])
+        said = [f"{p['column']}: {p['text']}" for p in problems if p["severity"] == "refuse"]
+        yield f"{version.ref} was stored against the checks{': ' if said else ''}{'; '.join(said[:3])}"
+    if version.ref in withdrawn:
+        yield f"{version.ref} had been taken back before and counts again now"
 
 # %% ../../nbs/pipeline/46_data_rollback.ipynb #662f4221
 def _newest(store: DataStore, version: DataVersion) -> str:

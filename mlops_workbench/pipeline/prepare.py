@@ -5,16 +5,15 @@
 # %% ../../nbs/pipeline/31_prepare.ipynb #b2ff6e3a
 from __future__ import annotations
 
-import csv
-
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from ..core.errors import DataError, UsageError
 from ..core.workspace import Workspace
-from ..data.quarantine import hold_rows, split_batch
+from ..data.intake import added_rows, take_in, words
+from ..data.sources import read_table
+from ..data.tables import check_frame
 from ..data.validation import ValidationReport, validate_batch
 from ..monitoring.prediction_store import read_window
 from .outcome import Outcome, decided_by, write_output
@@ -23,8 +22,8 @@ from ..recipes.protocol import Recipe, label_numbers
 from ..release.deployment import data_slot, set_default_data
 
 # %% auto #0
-__all__ = ['read_batch', 'named_labels', 'read_file', 'check_whole', 'labelled_requests', 'accepted_rows', 'join_batch',
-           'check_batch', 'words', 'keep_evidence', 'snapshot_batch', 'hold_back', 'record_refusal']
+__all__ = ['read_batch', 'named_labels', 'read_file', 'labelled_requests', 'accepted_rows', 'check_batch', 'keep_evidence',
+           'snapshot_batch']
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #46c80e8f
 def read_batch(stage: Stage) -> pd.DataFrame:
@@ -51,39 +50,11 @@ def named_labels(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #9894d5a1
 def read_file(root: Path, name: str) -> pd.DataFrame:
-    """Return the rows of a .parquet or .csv file, relative to the workspace; UsageError when it is neither."""
+    """Return the rows of a file that `read_table` reads, relative to the workspace; UsageError when there is none."""
     path = Path(name) if Path(name).is_absolute() else root / name
-    if path.suffix not in (".parquet", ".csv"):
-        raise UsageError(
-            f"expected batch_file to be a .parquet or .csv file, found {str(path)!r}; convert it"
-        )
     if not path.is_file():
         raise UsageError(f"expected a batch_file, found no file {str(path)!r}; correct the path")
-    if path.suffix == ".parquet":
-        try:
-            return pd.read_parquet(path)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"expected a whole Parquet file, found {str(path)!r} damaged or cut off ({error}); fetch it again"
-            ) from error
-    check_whole(path)
-    return pd.read_csv(path)
-
-# %% ../../nbs/pipeline/31_prepare.ipynb #bccdd8cf
-def check_whole(path: Path) -> None:
-    """Raise DataError when the last line of a CSV file has fewer cells than the first."""
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        reader = csv.reader(file)
-        head = next(reader, [])
-        last, lines = head, 1
-        for line in reader:
-            if line:
-                last, lines = line, reader.line_num
-    if len(last) < len(head):
-        raise DataError(
-            f"expected {len(head)} cells in the last line of {str(path)!r}, found {len(last)} in line {lines}: "
-            "the file was cut off; fetch it again"
-        )
+    return read_table(str(path), path)
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #2b399088
 def labelled_requests(
@@ -110,19 +81,15 @@ def accepted_rows(stage: Stage) -> pd.DataFrame | None:
     ref = stage.slot(data_slot(stage.recipe.dataset))
     return None if ref is None else stage.data.load(ref)
 
-# %% ../../nbs/pipeline/31_prepare.ipynb #506e43d9
-def join_batch(previous: pd.DataFrame | None, batch: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Return the previous rows with the batch's rows added; known keys are replaced."""
-    if previous is None:
-        return batch
-    kept = previous[~previous[key].isin(batch[key])]
-    return pd.concat([kept, batch], ignore_index=True)
-
 # %% ../../nbs/pipeline/31_prepare.ipynb #98e495b4
 def check_batch(
     stage: Stage, batch: pd.DataFrame, previous: pd.DataFrame | None
 ) -> ValidationReport:
-    """Return what the checks say of a batch: by the recipe's schema, and beside the rows accepted before."""
+    """Return what the checks say of a batch: by the recipe's schema, and beside the rows accepted before.
+
+    Raises DataError for a batch without rows.
+    """
+    check_frame(batch)
     features = stage.recipe.features
     return validate_batch(
         batch,
@@ -134,12 +101,6 @@ def check_batch(
         features=[feature.name for feature in features.features],
         separate=True,
     )
-
-# %% ../../nbs/pipeline/31_prepare.ipynb #cd256407
-def words(report: ValidationReport) -> str:
-    """Return what the checks refuse or hold back, in one sentence; empty for an accepted batch."""
-    bad = [problem for problem in report.problems if problem.severity != "remark"]
-    return "; ".join(f"{problem.column}: {problem.text}" for problem in bad)
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #426ac63a
 def keep_evidence(stage: Stage, report: ValidationReport) -> dict[str, Path]:
@@ -165,87 +126,37 @@ def snapshot_batch(
 ) -> Outcome:
     """Store the accepted (or forced) batch as the next version of the data set, and return the stage's outcome."""
     evidence = keep_evidence(stage, report)
-    refused = report.verdict == "refuse"
-    if refused and not force:
-        record_refusal(stage, report, len(batch))
-        return Outcome(
-            "refused", f"{len(batch)} rows refused: {words(report)}", {"rows": len(batch)}, evidence
-        )
-    key, held = str(stage.recipe.features.key), ""
-    clean = batch
-    if report.verdict == "quarantine" and not force:
-        clean, held = hold_back(stage, batch, report)
-    elif report.verdict == "quarantine":
-        report = replace(report, verdict="refuse")  # what force overrules stays on record as forced
-        refused = True
-    version = stage.data.snapshot(
-        stage.recipe.dataset,
-        join_batch(previous, clean, key),
+    recipe, by = stage.recipe, decided_by(stage)
+    key = str(recipe.features.key)
+    intake = take_in(
+        stage.data,
+        recipe.dataset,
+        added_rows(previous, batch, key),
+        report,
         key=key,
-        label=stage.recipe.features.label,
-        message=message,
+        label=recipe.features.label,
+        by=by,
+        source=f"{stage.cycle}/{stage.folder.name}",
+        place=str(stage.folder),
         force=force,
-        validate=lambda *_: report,
-        parent=stage.slot(data_slot(stage.recipe.dataset)),
+        message=message,
+        parent=stage.slot(data_slot(recipe.dataset)),
     )
-    stage.data_version = version.ref
-    forced = "forced although the checks refuse it" if refused else "accepted"
-    set_default_data(
-        stage.workspace, version.ref, reason=f"{len(clean)} rows {forced}", **decided_by(stage)
-    )
-    metrics = {"rows": float(version.rows), "new_rows": float(len(clean))}
-    metrics["held_rows"] = float(len(batch) - len(clean))
-    said = f"{version.ref}: {version.rows} rows, {len(clean)} of them new, {forced}"
-    verdict = "forced" if refused else "quarantined" if held else "accepted"
-    return Outcome(verdict, f"{said}{held}", metrics, evidence)
-
-# %% ../../nbs/pipeline/31_prepare.ipynb #f4463830
-def hold_back(
-    stage: Stage, batch: pd.DataFrame, report: ValidationReport
-) -> tuple[pd.DataFrame, str]:
-    """Put the bad rows into quarantine with a decision; return the clean rows and what to say of the others."""
-    name, features = stage.recipe.dataset, stage.recipe.features
-    key = str(features.key)
-    clean, held = split_batch(
-        batch, report, key=key, label=features.label, source=f"{stage.cycle}/{stage.folder.name}"
-    )
-    version = hold_rows(
-        stage.data, name, held, taken=clean[key].tolist(), key=key, message=words(report)
-    )
-    assert version is not None, "a report with this verdict holds rows"
-    said = f"; {len(held)} rows wait in {version.ref}: see them with `mwb data review {name}`"
-    with stage.ledger.decision(
-        "validation",
-        subject=name,
-        verdict="quarantined",
-        reason=words(report),
-        evidence={**report.summary(), "quarantine": version.ref},
-        **decided_by(stage),
-    ) as change:
-        change.enqueue(
-            f"{len(held)} rows of {name} wait for a review",
-            f"{len(held)} of {len(batch)} rows were held back: {words(report)}. Look at them with "
-            f"`mwb data review {name}`. Evidence: {stage.folder}",
-            severity="warning",
-            key=f"quarantine-{stage.cycle}-{stage.folder.name}",
+    if intake.version is None:
+        said = f"{len(batch)} rows refused: {words(report)}"
+        return Outcome("refused", said, {"rows": len(batch)}, evidence)
+    ref, taken = intake.version.ref, len(batch) - intake.held
+    stage.data_version = ref
+    forced = intake.verdict == "forced"
+    how = "forced although the checks refuse it" if forced else "accepted"
+    set_default_data(stage.workspace, ref, reason=f"{taken} rows {how}", **by)
+    metrics = {"rows": float(intake.version.rows), "new_rows": float(taken)}
+    metrics["held_rows"] = float(intake.held)
+    said = f"{ref}: {intake.version.rows} rows, {taken} of them new, {how}"
+    if intake.quarantine is not None:
+        said += (
+            f"; {intake.held} rows wait in {intake.quarantine.ref}: see them with "
+            f"`mwb data review {recipe.dataset}`"
         )
-    return clean, said
-
-# %% ../../nbs/pipeline/31_prepare.ipynb #751a1634
-def record_refusal(stage: Stage, report: ValidationReport, rows: int) -> None:
-    """Write the refusal of a batch into the ledger and raise an alarm."""
-    name = stage.recipe.dataset
-    with stage.ledger.decision(
-        "validation",
-        subject=name,
-        verdict="refused",
-        reason=words(report),
-        evidence=report.summary(),
-        **decided_by(stage),
-    ) as change:
-        change.enqueue(
-            f"a batch of {name} was refused",
-            f"{rows} rows were not stored: {words(report)}. Evidence: {stage.folder}",
-            severity="warning",
-            key=f"batch-{stage.cycle}-{stage.folder.name}",
-        )
+    verdict = "forced" if forced else "quarantined" if intake.held else "accepted"
+    return Outcome(verdict, said, metrics, evidence)

@@ -19,7 +19,7 @@ import mlops_workbench
 from ..core.errors import StageError, WorkbenchError
 from ..core.files import digest_of, sha256_file
 from ..core.workspace import Workspace
-from ..data.tags import parse_ref, read_tags
+from ..data.names import find_version
 from ..experiment.provenance import recipe_digest
 from .contract import JsonValue
 from .cycles import Cycle, finished_run
@@ -104,13 +104,9 @@ def named_version(
     if not isinstance(reference, str):
         return None
     try:
-        name, wanted = parse_ref(reference)
-        known = [
-            found for found in read_tags(workspace.root, name) if wanted in (None, found.version)
-        ]
-        newest = known[-1]
-        return f"{name}@{newest.version}", str(json.loads(newest.record)["digest"])
-    except (WorkbenchError, IndexError, ValueError, KeyError):
+        found = find_version(workspace.root, reference)
+        return found.ref, str(json.loads(found.record)["digest"])
+    except (WorkbenchError, ValueError, KeyError):
         return "", ""
 
 # %% ../../nbs/pipeline/10_reuse.ipynb #ccc33e12

@@ -1,0 +1,149 @@
+"""From a delivered file to a version, by the commands: good rows come in, bad ones wait, bad files stay outside."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from data_support import new_store, table
+
+from mlops_workbench.cli.main import main
+from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.data.versions import DataStore
+from mlops_workbench.pipeline.reuse import named_version
+
+NAMES = ["--key", "id", "--label", "late"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DataStore:
+    """A workspace with 2,000 rows in own@v1.0."""
+    made = new_store(tmp_path)
+    assert snapshot(made, good(2000), *NAMES) == 0
+    return made
+
+
+def good(rows: int, first: int = 0) -> pd.DataFrame:
+    """Rows whose label follows from the temperature, so that a wrong one can be seen."""
+    frame = table(rows, first=first, seed=first).fillna({"temperature": 40.0})
+    return frame.assign(late=(frame["temperature"] > 40).astype(int))
+
+
+def snapshot(store: DataStore, frame: pd.DataFrame | str, *words: str) -> int:
+    """Exit code of `mwb data snapshot own --from FILE`; text is the file's content."""
+    file = store.root.parent / "delivered.csv"
+    if isinstance(frame, str):
+        file.write_text(frame)
+    else:
+        frame.to_csv(file, index=False)
+    return main(["data", "snapshot", "own", "--from", str(file), *words, "-w", str(store.root)])
+
+
+def asked(store: DataStore, capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    """What a command says in JSON."""
+    capsys.readouterr()
+    assert main([*words, "--json", "-w", str(store.root)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def with_wrong_labels(rows: int, wrong: int, first: int) -> tuple[pd.DataFrame, set[str]]:
+    """Good rows of which some, far from the border, have the other label; and the keys of these."""
+    frame = good(rows, first)
+    far = np.flatnonzero((frame["temperature"] - 40).abs() > 8)[:wrong]
+    frame.loc[far, "late"] = 1 - frame.loc[far, "late"]
+    return frame, set(frame.loc[far, "id"])
+
+
+def test_single_bad_rows_wait_and_the_others_come_in(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame, wrong = with_wrong_labels(1000, 12, first=2000)
+    assert snapshot(store, frame, "--append") == 0
+    said = capsys.readouterr().out
+    assert "own@v1.1" in said and "mwb data review own" in said
+    version = store.resolve("own")
+    came = set(store.load(version)["id"])
+    waiting = {row["id"] for row in asked(store, capsys, "data", "review", "own")}
+    assert wrong <= waiting and not waiting & came
+    assert len(waiting) <= 2 * len(wrong)
+    assert came | waiting == {f"row {n:07}" for n in range(3000)}
+    kinds = [(each.kind, each.verdict) for each in Ledger(store.workspace.ledger_url).decisions()]
+    assert ("validation", "quarantined") in kinds
+    assert main(["data", "review", "own", "--accept", min(wrong), "-w", str(store.root)]) == 0
+    assert min(wrong) in set(store.load("own")["id"])
+
+
+def test_a_batch_that_is_bad_as_a_whole_stays_outside(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame, _ = with_wrong_labels(1000, 400, first=2000)
+    assert snapshot(store, frame, "--append") == 4
+    assert "look wrong" in capsys.readouterr().err
+    assert [version.ref for version in store.versions("own")] == ["own@v1.0"]
+    assert snapshot(store, frame, "--append", "--force") == 0
+    assert store.resolve("own").forced
+
+
+def test_a_file_of_a_header_alone_is_refused(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = ",".join(good(1).columns) + "\n"
+    for words in ([], ["--append"]):
+        assert snapshot(store, header, *words) != 0
+        assert "row" in capsys.readouterr().err
+    assert len(store.versions("own")) == 1
+
+
+@pytest.mark.parametrize("append", [True, False])
+def test_a_wrong_column_name_in_a_small_batch_is_refused(
+    store: DataStore, capsys: pytest.CaptureFixture[str], append: bool
+) -> None:
+    frame = good(5, first=2000).rename(columns={"temperature": "temprature"})
+    assert snapshot(store, frame, *(["--append"] if append else [])) == 4
+    said = capsys.readouterr().err
+    assert "temperature" in said and "temprature" in said
+    assert len(store.versions("own")) == 1
+
+
+def test_a_name_given_by_hand_works_wherever_a_version_does(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "tag", "own@v1.0", "golden", "-w", str(store.root)]) == 0
+    assert snapshot(store, good(500, first=2000), "--append") == 0
+    assert store.resolve("own@golden").ref == "own@v1.0"
+    assert asked(store, capsys, "data", "show", "own@golden")["ref"] == "own@v1.0"
+    named = named_version(store.workspace, {"data_version": "own@golden"})
+    assert named is not None and named[0] == "own@v1.0"
+    assert main(["data", "show", "own@goldn", "-w", str(store.root)]) == 1
+    assert "did you mean own@golden" in capsys.readouterr().err
+    assert main(["data", "rollback", "own@golden", "-w", str(store.root)]) == 0
+
+
+def test_going_back_to_forced_rows_says_what_is_known_of_them(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame, _ = with_wrong_labels(1000, 400, first=2000)
+    assert snapshot(store, frame, "--append", "--force") == 0
+    here = ["-w", str(store.root)]
+    assert main(["data", "rollback", "own@v1.0", *here]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main(["data", "rollback", "own@v1.1", *here]) == 0
+    said = capsys.readouterr()
+    assert "stored against the checks" in said.err and "look wrong" in said.err
+    assert "taken back before" in said.err
+    assert "undo: mwb data rollback own@v1.0" in said.out
+
+
+def test_the_list_is_readable_with_a_long_message(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert snapshot(store, good(2100), "-m", "retrain because of drift " * 40) == 0
+    capsys.readouterr()
+    assert main(["data", "list", "-w", str(store.root)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) < 180
+    assert "default" in lines[-1] and "own@v1.1" in lines[-1]
+    whole = asked(store, capsys, "data", "list")
+    assert len(whole[-1]["message"]) > 900
