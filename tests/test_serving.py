@@ -382,7 +382,8 @@ def test_with_a_token_only_those_who_know_it(tmp_path: Path, bundle: Path) -> No
                 assert answer.headers["www-authenticate"] == "Bearer"
             stranger = client.get("/health").body
             assert (stranger["status"], set(stranger)) == ("ok", {"status", "workspace"})
-            assert set(stranger["workspace"] or {}) <= {"id"}  # a name is for those who know the token
+            # a name is for those who know the token
+            assert set(stranger["workspace"] or {}) <= {"id"}
             assert client.get("/ready").body == {"ready": True}
         client = server.client(token)
         assert client.post("/predict", {"row": ROW}).status == 200

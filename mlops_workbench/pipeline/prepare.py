@@ -193,9 +193,11 @@ def snapshot_batch(
     set_default_data(
         stage.workspace, version.ref, reason=f"{len(clean)} rows {forced}", **decided_by(stage)
     )
-    metrics = {"rows": float(version.rows), "new_rows": float(len(clean))}
+    known = 0 if previous is None else int(clean[key].isin(previous[key]).sum())
+    metrics = {"rows": float(version.rows), "new_rows": float(len(clean) - known)}
     metrics["held_rows"] = float(len(batch) - len(clean))
-    said = f"{version.ref}: {version.rows} rows, {len(clean)} of them new, {forced}"
+    again = f", {known} known before and taken anew" if known else ""
+    said = f"{version.ref}: {version.rows} rows, {len(clean) - known} of them new{again}, {forced}"
     verdict = "forced" if refused else "quarantined" if held else "accepted"
     return Outcome(verdict, f"{said}{held}", metrics, evidence)
 

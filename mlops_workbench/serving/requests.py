@@ -108,7 +108,10 @@ def decode_body(
         if " - at `$" in text:
             said = f"the body does not fit: {text}"
         else:  # the outermost brackets are wrong already: a bare row, a list
-            found = f"the field {shorten(field)} outside of these" if field else shape_of(body)
+            found = shape_of(body)
+            if field is not None:
+                missing = "required field" in text
+                found = f"no field {field!r}" if missing else f"{shorten(field)} outside of these"
             said = f"expected {form}, found {found}"
         raise RequestError(422, said, field=field, row=row) from error
     except RecursionError as error:
