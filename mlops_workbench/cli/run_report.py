@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..core.errors import GateRefusedError
 from ..core.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -37,7 +38,10 @@ def show_result(workspace: Workspace, result: CycleResult, *, live: bool) -> Non
             click.echo(line.rstrip())
     last = result.stages[-1]
     if last.failure is not None:
-        show_failure(last, result.resume)
+        again = (
+            result.exit_code != GateRefusedError.exit_code
+        )  # what a gate refused, it refuses again
+        show_failure(last, result.resume if again else "")
         return
     if result.refused:
         show_refusal(workspace, last)
@@ -51,8 +55,11 @@ def show_result(workspace: Workspace, result: CycleResult, *, live: bool) -> Non
     click.echo(f"notebook  {last.notebook.as_uri()}")
     click.echo(f"tracker   mwb runs show {last.run_id[:12]}")
 
-# %% ../../nbs/cli/10_run_report.ipynb #9999bee2
-def show_failure(outcome: StageOutcome, resume: str) -> None:
+# %% ../../nbs/cli/10_run_report.ipynb #17013a60
+def show_failure(
+    outcome: StageOutcome,
+    resume: str,  # the command that goes on; empty: none does
+) -> None:
     """Print the cell, the error and how to go on, to standard error."""
     failure = outcome.failure
     if failure is None:
@@ -63,7 +70,8 @@ def show_failure(outcome: StageOutcome, resume: str) -> None:
         f"\nnotebook  {outcome.notebook.as_uri()}  (the code and the whole traceback)", err=True
     )
     click.echo(f"log       {(outcome.folder / 'kernel.log').as_uri()}", err=True)
-    click.echo(f"go on     {resume}", err=True)
+    if resume:
+        click.echo(f"go on     {resume}", err=True)
 
 # %% ../../nbs/cli/10_run_report.ipynb #49211b8d
 def show_refusal(workspace: Workspace, outcome: StageOutcome) -> None:
@@ -72,7 +80,7 @@ def show_refusal(workspace: Workspace, outcome: StageOutcome) -> None:
         f"\nrefused by stage {outcome.stage}: {outcome.summary}; nothing after it was run", err=True
     )
     for name, command in next_steps(workspace, outcome):
-        click.echo(f"{name:<25} {command}", err=True)
+        click.echo(f"{name:<27} {command}", err=True)
 
 # %% ../../nbs/cli/10_run_report.ipynb #344e62a5
 def next_steps(workspace: Workspace, outcome: StageOutcome) -> Iterator[tuple[str, str]]:
@@ -90,7 +98,7 @@ def next_steps(workspace: Workspace, outcome: StageOutcome) -> Iterator[tuple[st
             champion = ledger.release(slot.digest)
             runs = f"{champion.run_id[:12]} {release.run_id[:12]}"
             yield "compare with the champion", f"mwb runs compare {runs}"
-            yield "find out why it is worse", f"mwb why {champion.name} {release.name}"
+            yield "ask: the model or the data", f"mwb why {champion.name} {release.name}"
         yield "deploy it all the same", "mwb run deploy -p deploy.force=true"
     elif outcome.stage == "prepare":
         yield "see the rows and checks", str(outcome.notebook)

@@ -77,7 +77,7 @@ class GateReport:
             if result.name.startswith(QUALITY):
                 side = "at least" if result.direction == "higher" else "at most"
                 name = result.name.removeprefix(QUALITY)
-                return f": {name} {result.value:.4g} ({side} {result.threshold:.4g})"
+                return f", {name} {result.value:.4g} ({side} {result.threshold:.4g})"
         return ""
 
     @property

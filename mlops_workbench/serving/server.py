@@ -178,6 +178,7 @@ def ending_quietly(server: uvicorn.Server) -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         if not server.started:
+            server.should_exit = True  # in case Python drops the exit, see core.interrupts
             raise SystemExit(0)
 
     previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
