@@ -84,7 +84,7 @@ def test_help_lists_every_installed_command(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_every_command_module_is_on_the_list() -> None:
-    shared = {"__init__", "main", "options", "starter"}
+    shared = {"__init__", "main", "options", "starter", "run_report"}
     shared |= {
         "data_support",
         "data_history",
@@ -482,3 +482,22 @@ def test_an_interrupted_init_leaves_nothing(tmp_path: Path) -> None:
     process.communicate()
     interrupted = process.returncode in (130, -signal.SIGINT)
     assert interrupted != (tmp_path / "churn").exists()  # all or nothing, whichever came first
+
+
+def test_an_interrupt_that_python_drops_stops_the_command(tmp_path: Path) -> None:
+    """In the callback of a weak reference no error can be raised; the import system has one for every module."""
+    script = tmp_path / "work.py"
+    script.write_text(
+        "import signal, sys, time, weakref\n"
+        "from mlops_workbench.cli import main as program\n"
+        "class Thing: pass\n"
+        "def work(**_):\n"
+        "    thing = Thing()\n"
+        "    seen = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))\n"
+        "    del thing\n"
+        "    time.sleep(50)\n"
+        "program.mwb.main = work\n"
+        "sys.exit(program.main([]))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=40)
+    assert (done.returncode, done.stderr) == (130, "mwb: stopped\n")

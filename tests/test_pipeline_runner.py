@@ -41,6 +41,7 @@ from mlops_workbench.core.workspace import Workspace
 from mlops_workbench.pipeline.cycles import (
     create_cycle,
     current_cycle,
+    cycle_names,
     finished_run,
     open_runs,
 )
@@ -280,6 +281,8 @@ def test_a_failing_cell_says_where_and_how_to_go_on(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "stage use failed in cell 5: ValueError: no such column: tailnum" in done.stderr
     assert "go on     mwb run" in done.stderr and "notebook.ipynb" in done.stderr
+    said = done.stdout + done.stderr
+    assert said.count("no such column: tailnum") == 1 and "raise ValueError" not in said
     assert statuses(workspace) == ["FINISHED", "FAILED"]
     (workspace.root / "go").touch()
     again = run_stages(workspace)
@@ -290,7 +293,31 @@ def test_a_failing_cell_says_where_and_how_to_go_on(tmp_path: Path) -> None:
 def test_a_refused_gate_ends_with_its_own_exit_code(tmp_path: Path) -> None:
     body = "from mlops_workbench.core.errors import GateRefusedError\nraise GateRefusedError('brier 0.3 above 0.25')"
     workspace = fresh(tmp_path, {"1_make": stage_cells("make", body=body)})
-    assert mwb(workspace, "run").returncode == 4
+    done = mwb(workspace, "run")
+    assert done.returncode == 4
+    assert "cell 5: brier 0.3 above 0.25" in done.stderr and "GateRefusedError" not in done.stderr
+
+
+def test_a_new_cycle_in_which_nothing_ran_is_not_kept(tmp_path: Path) -> None:
+    workspace = fresh(
+        tmp_path,
+        {
+            "1_make": stage_cells("make"),
+            "2_use": stage_cells("use", body="stage.upstream('make')"),
+        },
+    )
+    assert mwb(workspace, "run").returncode == 0
+    done = mwb(workspace, "run", "--cycle", "new")
+    assert done.returncode == 0
+    assert "no cycle was begun, the runs are those of cycle-0001" in done.stdout
+    assert cycle_names(workspace) == ["cycle-0001"]
+    refused = mwb(workspace, "run", "use", "--cycle", "new")  # nothing was made in that cycle
+    assert refused.returncode != 0
+    assert cycle_names(workspace) == ["cycle-0001"]
+    current = current_cycle(workspace)
+    assert current is not None and current.name == "cycle-0001"
+    assert mwb(workspace, "run", "--cycle", "new", "--force").returncode == 0
+    assert cycle_names(workspace) == ["cycle-0001", "cycle-0002"]
 
 
 # %% limits

@@ -161,6 +161,10 @@ REFUSALS: list[tuple[object, int, str | None, int | None]] = [
     ({"rows": [ROW], "ids": ["a", "b"]}, 422, "ids", None),
     ({"row": ROW, "id": "x" * 201}, 422, "id", None),
     ([], 422, None, None),
+    ([ROW], 422, None, None),
+    (ROW, 422, "flight_id", None),
+    ({"row": {**ROW, "distanc": 1400}}, 422, "distanc", 0),
+    ({"rows": [ROW, {**ROW, "": 1}]}, 422, "", 1),
     ({"rows": [{}] * 10_001}, 413, None, None),
 ]
 
@@ -177,6 +181,36 @@ def test_bad_input_is_refused_by_field_and_row(server: RunningServer, tmp_path: 
     assert [record["status"] for record in errors] == [status for _, status, _, _ in REFUSALS]
     assert errors[0]["route"] == "/predict"
     assert "hour" in errors[0]["reason"]
+
+
+def test_a_misspelt_field_is_named_with_the_nearest_known_one(
+    server: RunningServer, tmp_path: Path
+) -> None:
+    client = server.client()
+    row = {name: value for name, value in ROW.items() if name != "distance"}
+    said = client.post("/predict", {"row": {**row, "distanc": 1400}})
+    assert said.status == 422
+    assert said.body["error"] == (
+        "expected known fields in row 0, found 'distanc'; did you mean 'distance'?"
+    )
+    for body in (ROW, [ROW]):
+        said = client.post("/predict", body)
+        assert said.status == 422 and '{"row": {...}}' in said.body["error"], said.body
+    # a gap is no mistake, and neither is a key or the label that a whole row of a table brings along
+    assert client.post("/predict", {"row": row}).status == 200
+    assert client.post("/predict", {"row": {**ROW, "late": 1}}).status == 200
+    assert len(logged(tmp_path / "predictions")) == 2
+
+
+def test_a_column_that_the_recipe_knows_may_come_along(tmp_path: Path) -> None:
+    schema = SCHEMA.ignoring(["scheduled", "hour"])
+    assert schema.ignored == ("scheduled",)
+    bundle = build_bundle(tmp_path, schema=schema)
+    with serving(tmp_path, "--bundle", str(bundle)) as server:
+        server.wait_ready()
+        client = server.client()
+        assert client.post("/predict", {"row": {**ROW, "scheduled": "17:05"}}).status == 200
+        assert client.post("/predict", {"row": {**ROW, "schedule": "17:05"}}).status == 422
 
 
 def test_every_error_is_json(server: RunningServer) -> None:
@@ -346,7 +380,10 @@ def test_with_a_token_only_those_who_know_it(tmp_path: Path, bundle: Path) -> No
                 answer = client.send(method, path, b"{}" if method == "POST" else None, headers)
                 assert answer.status == 401, (wrong, path)
                 assert answer.headers["www-authenticate"] == "Bearer"
-            assert client.get("/health").body == {"status": "ok"}
+            stranger = client.get("/health").body
+            assert (stranger["status"], set(stranger)) == ("ok", {"status", "workspace"})
+            # a name is for those who know the token
+            assert set(stranger["workspace"] or {}) <= {"id"}
             assert client.get("/ready").body == {"ready": True}
         client = server.client(token)
         assert client.post("/predict", {"row": ROW}).status == 200

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Status', 'VERSION_FLOORS', 'PYTHON_FLOOR', 'PYTHON_CEILING', 'NETWORK_DISKS', 'Check', 'check_python',
            'check_package', 'check_packages', 'installed_version', 'find_program', 'check_program', 'check_programs',
-           'check_gpu', 'disk_kind', 'check_state', 'check_ledger', 'check_port', 'server_answer', 'check_secrets',
+           'check_gpu', 'disk_kind', 'check_state', 'check_ledger', 'check_port', 'check_gate', 'check_secrets',
            'check_workspace', 'all_checks', 'doctor']
 
-# %% ../../nbs/cli/04_doctor.ipynb #0ada871a
+# %% ../../nbs/cli/04_doctor.ipynb #eca06666
+import errno
 import os
 import shutil
 import socket
@@ -25,7 +26,9 @@ import click
 
 from .options import json_option, print_json, print_table, workspace_option
 from ..core.errors import NotAWorkspaceError, WorkbenchError, shorten
+from ..core.identity import read_identity
 from ..core.workspace import Workspace
+from ..serving.address import local_host, look_at
 
 # %% ../../nbs/cli/04_doctor.ipynb #68f1684b
 Status = Literal["ok", "missing", "too old", "too new", "broken", "taken", "optional"]
@@ -235,8 +238,16 @@ def check_ledger(workspace: Workspace) -> Check:
         return Check("ledger", "broken", shorten(str(error), 200), needed, advice)
     return Check("ledger", "ok", "read" if decisions else "empty", needed)
 
-# %% ../../nbs/cli/04_doctor.ipynb #e2823409
-def check_port(section: str, host: str, port: int) -> Check:
+# %% ../../nbs/cli/04_doctor.ipynb #264645c5
+_TAKEN = "stop that server, or set [serving] port in settings.ini (0: any free port)"
+
+
+def check_port(
+    section: str,
+    host: str,
+    port: int,
+    identity: str = "",  # of the workspace
+) -> Check:
     """Is the port of a service free, or held by that very service?"""
     what, needed = f"port of {section}", f"{host}:{port} free"
     if port == 0:
@@ -247,27 +258,35 @@ def check_port(section: str, host: str, port: int) -> Check:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
-        if section == "serving" and server_answer(host, port) is not None:
-            return Check(what, "ok", "our server answers there", needed)
+        if section == "serving" and error.errno == errno.EADDRINUSE:
+            found = look_at(local_host(host), port, identity)
+            if found.ours:
+                return Check(what, "ok", "the server of this workspace answers there", needed)
+            if found.kind != "none":
+                return Check(what, "taken", found.words.partition(";")[0], needed, _TAKEN)
         advice = f"end that program, or set [{section}] port in settings.ini (0: any free port)"
         return Check(what, "taken", error.strerror or str(error), needed, advice)
     return Check(what, "ok", "free", needed)
 
-# %% ../../nbs/cli/04_doctor.ipynb #2ab86908
-def server_answer(host: str, port: int) -> bool | None:
-    """Whether the prediction server on a port is ready; None when no such server answers there."""
-    import json
-    from http.client import HTTPConnection, HTTPException
+# %% ../../nbs/cli/04_doctor.ipynb #d458af76
+def check_gate(workspace: Workspace) -> Check:
+    """Is there a gate for the recipe, and does the recipe have its metric?"""
+    from mlops_workbench.recipes.protocol import load_recipe
+    from mlops_workbench.release.standard import check_metric, gate_of, metric_names
 
-    connection = HTTPConnection(host, port, timeout=2)
+    what, needed = "gate", "a metric of the recipe"
     try:
-        connection.request("GET", "/ready")
-        answer = json.loads(connection.getresponse().read(1000))
-    except (OSError, HTTPException, ValueError):
-        return None
-    finally:
-        connection.close()
-    return answer["ready"] is True if isinstance(answer, dict) and "ready" in answer else None
+        recipe = load_recipe(workspace.settings.workspace.recipe, workspace.root)
+    except WorkbenchError as error:
+        return Check("recipe", "broken", str(error), "readable", "correct the recipe")
+    try:
+        gate = gate_of(workspace.settings, recipe.name)
+        check_metric(recipe.name, gate, metric_names(recipe))
+    except WorkbenchError as error:
+        found, _, advice = str(error).partition("; ")
+        return Check(what, "broken", found, needed, advice or "correct settings.ini")
+    side = "at least" if gate.direction == "higher" else "at most"
+    return Check(what, "ok", f"{gate.metric} {side} {gate.threshold:g}", needed)
 
 # %% ../../nbs/cli/04_doctor.ipynb #69be5e7a
 def check_secrets(workspace: Workspace) -> Iterator[Check]:
@@ -287,7 +306,7 @@ def check_secrets(workspace: Workspace) -> Iterator[Check]:
 
 # %% ../../nbs/cli/04_doctor.ipynb #4f03a284
 def check_workspace(workspace: Workspace) -> Iterator[Check]:
-    """Check the workspace: git, state, ledger, ports, secrets."""
+    """Check the workspace: git, state, ledger, ports, the gate, secrets."""
     yield Check("settings", "ok", str(workspace.root / "settings.ini"), "readable")
     if (workspace.root / ".git").exists():
         yield Check("git repository", "ok", str(workspace.root), "a repository")
@@ -296,8 +315,10 @@ def check_workspace(workspace: Workspace) -> Iterator[Check]:
         yield Check("git repository", "missing", "no .git here", "a repository", advice)
     yield check_state(workspace)
     yield check_ledger(workspace)
-    yield check_port("serving", workspace.settings.serving.host, workspace.settings.serving.port)
-    yield check_port("pages", workspace.settings.pages.host, workspace.settings.pages.port)
+    serving, pages = workspace.settings.serving, workspace.settings.pages
+    yield check_port("serving", serving.host, serving.port, read_identity(workspace.state))
+    yield check_port("pages", pages.host, pages.port)
+    yield check_gate(workspace)
     yield from check_secrets(workspace)
 
 # %% ../../nbs/cli/04_doctor.ipynb #3c297d3c

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ import click
 from .options import json_option, print_record, workspace_option
 from ..core.errors import ServingError, UsageError, shorten
 from ..core.workspace import Workspace
-from ..serving.address import server_address, server_headers
+from ..serving.address import find_server, server_headers
 
 # %% auto #0
-__all__ = ['read_items', 'feedback_of', 'send_feedback', 'post_feedback', 'feedback']
+__all__ = ['read_items', 'feedback_of', 'send_feedback', 'post_feedback', 'explained', 'feedback']
 
 # %% ../../nbs/cli/18_feedback.ipynb #6acfece9
 def read_items(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -60,10 +60,18 @@ def send_feedback(
     """Send items to the running server and add up what it says; ServingError when it refuses or is not there."""
     import httpx
 
-    address = server_address(workspace)
+    server = find_server(workspace)
+    if server.kind == "none":
+        raise ServingError(
+            "expected a running server of this workspace, found none; start it with `mwb serve`"
+        )
+    if not server.ours:
+        raise ServingError(f"nothing was sent: {server.words}; then start ours with `mwb serve`")
     total = {"accepted": 0, "duplicate": 0, "changed": 0, "orphan": 0}
     waiting = iter(items)
-    with httpx.Client(base_url=address, headers=server_headers(workspace), timeout=60) as client:
+    with httpx.Client(
+        base_url=server.address, headers=server_headers(workspace), timeout=60
+    ) as client:
         while part := list(islice(waiting, min(batch, workspace.settings.serving.maximum_rows))):
             for name, number in post_feedback(client, part).items():
                 total[name] += number
@@ -78,7 +86,8 @@ def post_feedback(client: Any, items: Sequence[dict[str, Any]]) -> dict[str, int
         answer = client.post("/feedback", json={"feedback": list(items)})
     except httpx.TransportError as error:
         raise ServingError(
-            f"expected a server at {client.base_url}, found: {error}; start it with `mwb serve`"
+            f"expected the server at {client.base_url} to take all items, found: {error}; send them again, "
+            "what has arrived is not counted twice"
         ) from error
     if answer.status_code != 200:
         said = answer.json()
@@ -86,6 +95,21 @@ def post_feedback(client: Any, items: Sequence[dict[str, Any]]) -> dict[str, int
         raise ServingError(f"the server refused the feedback: {said['error']}{item}")
     counts: dict[str, int] = answer.json()
     return counts
+
+# %% ../../nbs/cli/18_feedback.ipynb #1add7706
+def explained(counts: Mapping[str, int]) -> list[str]:
+    """What unusual counts mean, a line each."""
+    lines = []
+    if counts["changed"]:
+        lines.append(
+            f"{counts['changed']} changed: these differ from what was said before; the last word counts"
+        )
+    if counts["orphan"]:
+        lines.append(
+            f"{counts['orphan']} orphan: no recent prediction has such an id. They are kept, and count if an older "
+            "prediction in the log has it; if none has, look whether the ids are those of the answers of /predict"
+        )
+    return lines
 
 # %% ../../nbs/cli/18_feedback.ipynb #10f367c4
 @click.command()
@@ -100,4 +124,8 @@ def feedback(file: Any, as_json: bool, workspace: Path | None) -> None:
       printf 'id,label\\n8f2c-1-0,late\\n' | mwb feedback -
     """
     items = list(read_items(file))  # nothing is sent of a file with a mistake in it
-    print_record(send_feedback(Workspace.open(workspace), items), as_json)
+    counts = send_feedback(Workspace.open(workspace), items)
+    print_record(counts, as_json)
+    if not as_json:
+        for line in explained(counts):
+            click.echo(line)

@@ -49,6 +49,7 @@ def recipe_source(
 ) -> str:
     """The source of a recipe module for a table."""
     label, categories = table.used_as("label")[0], table.used_as("category")
+    rest = tuple(c.name for c in table.columns if c.use in ("left out", "time"))
     slices = tuple(column.name for column in categories if len(column.values) <= 20)[:3]
     key = (
         f"key={literal(table.key)},  # each value once"
@@ -83,6 +84,11 @@ def recipe_source(
         *(
             f"    {comment(f'left out: {literal(c.name)}, {c.why}')}"
             for c in table.used_as("left out")
+        ),
+        *(
+            [f"    ignored={literal(rest)},  # may come with a request, no model reads them"]
+            if rest
+            else []
         ),
         ")",
     ]

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from .options import workspace_option
+from ..core.files import at_work
 from ..core.workspace import Workspace
 
 # %% auto #0
@@ -37,4 +38,5 @@ def loop(once: bool, workspace: Path | None) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    run_loop(opened, dataset, stop, click.echo)
+    with at_work(opened.monitor_lock):
+        run_loop(opened, dataset, stop, click.echo)

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from ..core.errors import UsageError, WorkbenchError
+from ..core.interrupts import keeping_interrupts
 
 # %% ../../nbs/cli/00_main.ipynb #b059cd87
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ def main(
     name = program or ("mlops-workbench" if "mlops-workbench" in Path(sys.argv[0]).name else "mwb")
     try:
         given = None if arguments is None else list(arguments)
-        return _exit_code(mwb.main(args=given, prog_name=name, standalone_mode=False))
+        with keeping_interrupts():
+            return _exit_code(mwb.main(args=given, prog_name=name, standalone_mode=False))
     except WorkbenchError as error:
         return _say(error.exit_code, str(error))
     except click.ClickException as error:

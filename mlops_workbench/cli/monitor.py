@@ -22,6 +22,7 @@ from mlops_workbench.cli.options import (
 )
 from ..core.clock import iso, timestamp
 from ..core.errors import ConflictError, DataError, UsageError, WorkbenchError
+from ..core.files import at_work
 from ..core.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -178,12 +179,13 @@ def watch(
     pause = opened.settings.monitoring.interval_seconds if interval is None else interval
     on_action = None if no_actions else carry_out(opened)
     waiting, done = threading.Event(), 0
-    while looks is None or done < looks:
-        if done:
-            waiting.wait(pause)
-        watch_once(opened, on_action, as_json)
-        sys.stdout.flush()
-        done += 1
+    with at_work(opened.monitor_lock):
+        while looks is None or done < looks:
+            if done:
+                waiting.wait(pause)
+            watch_once(opened, on_action, as_json)
+            sys.stdout.flush()
+            done += 1
 
 # %% ../../nbs/cli/16_monitor.ipynb #9af13f8a
 @monitor.command("report")

@@ -13,7 +13,7 @@ import click
 from .options import json_option, print_json, print_table, workspace_option
 from ..core.errors import UsageError
 from ..core.ledger import Ledger
-from ..core.notify import deliver, send_due
+from ..core.notify import NO_CHANNEL, deliver, send_due
 from ..core.workspace import Workspace
 
 # %% ../../nbs/cli/15_notify.ipynb #eb22327f
@@ -75,7 +75,8 @@ def send(workspace: Path | None, as_json: bool) -> int:
     else:
         click.echo(f"{report.sent} sent, {report.waiting} waiting, {report.failed} given up")
         if report.waiting or report.failed:
-            click.echo("see `mwb notify list` for the reasons", err=True)
+            reasons = "see `mwb notify list` for the reasons"
+            click.echo(reasons if settings.channels else NO_CHANNEL, err=True)
     return 1 if report.waiting or report.failed else 0
 
 # %% ../../nbs/cli/15_notify.ipynb #3c1e0610

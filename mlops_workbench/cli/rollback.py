@@ -12,6 +12,7 @@ import click
 
 from .options import workspace_option
 from ..core.workspace import Workspace
+from ..serving.address import find_server
 
 # %% auto #0
 __all__ = ['rollback']
@@ -35,12 +36,15 @@ def rollback(to: str | None, reason: str, bar: bool, workspace: Path | None) -> 
     from mlops_workbench.release import deployment
 
     opened = Workspace.open(workspace)
+    server = find_server(opened)
     start = time.monotonic()
     change = deployment.rollback(opened, to, actor=getpass.getuser(), reason=reason, bar=bar)
-    click.echo(f"{change.name} ({change.data_version}) serves again in place of {change.previous}")
-    answered = wait_for_release(opened, change.digest, 30.0)
+    again = "serves again" if server.ours else "is the champion again"
+    click.echo(f"{change.name} ({change.data_version}) {again} in place of {change.previous}")
+    answered = wait_for_release(opened, change.digest, 30.0) if server.ours else None
     if answered is None:
-        click.echo("no server runs in this workspace; the next one starts with this release")
+        server = find_server(opened) if server.ours else server
+        click.echo(f"{server.unserved}; the next server of this workspace starts with this release")
     else:
         click.echo(
             f"first answer of {change.name} {time.monotonic() - start:.2f} s after the command"

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['ALERT_COLUMNS', 'age_text', 'age_of', 'ledger_state', 'read_or_empty', 'stage_row', 'last_cycle', 'monitor_state',
-           'firing', 'services', 'data_versions', 'overview', 'status_text', 'status']
+           'firing', 'server_state', 'services', 'data_versions', 'overview', 'status_text', 'status']
 
-# %% ../../nbs/cli/06_status.ipynb #a13ccf22
-import contextlib
+# %% ../../nbs/cli/06_status.ipynb #1eb368fe
 import socket
 
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ from typing import Any
 
 import click
 
-from .doctor import server_answer
 from mlops_workbench.cli.options import (
     format_table,
     json_option,
@@ -27,8 +25,9 @@ from mlops_workbench.cli.options import (
 )
 from ..core.clock import now, timestamp
 from ..core.errors import IntegrityError, WorkbenchError
-from ..core.files import read_json
+from ..core.files import is_at_work, read_json
 from ..core.workspace import Workspace
+from ..serving.address import ServerFound, find_server
 
 # %% ../../nbs/cli/06_status.ipynb #ec3710fa
 def age_text(seconds: float) -> str:
@@ -191,38 +190,28 @@ def firing(alerts: Any) -> list[dict[str, Any]]:
     on = [row for row in rows if isinstance(row, dict) and row.get("firing")]
     return [{key: row.get(key, "") for key in ALERT_COLUMNS} for row in on]
 
+# %% ../../nbs/cli/06_status.ipynb #91d9ffd6
+def server_state(server: ServerFound) -> str:
+    """What the server does, in words; who answers in its place when it is not the one of this workspace."""
+    if not server.ours:
+        return "not running" if server.kind == "none" else server.words
+    words = {"ok": "answers", "degraded": "answers, but see /health"}
+    return words.get(server.status, server.status)
+
 # %% ../../nbs/cli/06_status.ipynb #6bc59822
 def services(workspace: Workspace) -> Iterator[dict[str, str]]:
-    """The services of `mwb up` and whether each answers, or looked as lately as it should."""
-    serving, pages = workspace.settings.serving, workspace.settings.pages
-    port, ready = serving.port, None
-    for port in _server_ports(workspace):
-        ready = server_answer(serving.host, port)
-        if ready is not None:
-            break
-    states = {None: "not running", True: "answers", False: "starting, or no release yet"}
-    yield {"service": "server", "state": states[ready], "address": f"http://{serving.host}:{port}"}
-    monitor = monitor_state(workspace)
-    looked = (
-        "age_seconds" in monitor
-        and monitor["age_seconds"] < 3 * workspace.settings.monitoring.interval_seconds
-    )
-    yield {
-        "service": "monitor",
-        "state": "looks at the traffic" if looked else "not running",
-        "address": "-",
-    }
+    """The services of `mwb up`, whether each runs now, and whether it is the one of this workspace."""
+    pages = workspace.settings.pages
+    server = find_server(workspace)
+    yield {"service": "server", "state": server_state(server), "address": server.address}
+    runs, age = is_at_work(workspace.monitor_lock), monitor_state(workspace).get("age_seconds")
+    state = "runs" if runs else "not running"
+    if age is not None:
+        state += f", last looked {age_text(age)}"
+    yield {"service": "monitor", "state": state, "address": "-"}
     answers = _listens(pages.host, pages.port)
     address = f"http://{pages.host}:{pages.port}"
     yield {"service": "pages", "state": "answers" if answers else "not running", "address": address}
-
-# %% ../../nbs/cli/06_status.ipynb #d9c2d6d3
-def _server_ports(workspace: Workspace) -> list[int]:
-    """The port that the server wrote down at its start, and that of the settings."""
-    ports = [workspace.settings.serving.port]
-    with contextlib.suppress(OSError, ValueError):
-        ports.insert(0, int((workspace.state / "serving.port").read_text()))
-    return [port for port in dict.fromkeys(ports) if port]
 
 # %% ../../nbs/cli/06_status.ipynb #515de2d5
 def _listens(host: str, port: int) -> bool:
@@ -271,6 +260,7 @@ def overview(workspace: Workspace, limit: int = 5) -> dict[str, Any]:
             "cycle": last_cycle(workspace),
             "monitor": monitor_state(workspace),
             "services": list(services(workspace)),
+            "channels": sorted(workspace.settings.notify.channels),
         }
     )
     assert isinstance(plain, dict)
@@ -320,7 +310,10 @@ def status_text(status: dict[str, Any]) -> str:
         parts.append(_section("leases", status["leases"], "none"))
     waiting, failed = (status["messages"].get(key, 0) for key in ("waiting", "failed"))
     if waiting or failed:
-        parts.append(f"messages: {waiting} waiting, {failed} given up (mwb notify list)")
+        from mlops_workbench.core.notify import NO_CHANNEL
+
+        told = "" if status["channels"] else f"; {NO_CHANNEL}"
+        parts.append(f"messages: {waiting} waiting, {failed} given up (mwb notify list){told}")
     if "problem" in status:
         parts.append(f"ledger: {status['problem']}")
     return "\n\n".join(parts)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from .options import workspace_option
-from ..core.errors import UsageError
+from ..core.errors import ServingError, UsageError
+from ..core.identity import read_identity
 from ..core.workspace import Workspace
+from ..serving.address import local_host, look_at
 
 # %% auto #0
-__all__ = ['services', 'chosen', 'up']
+__all__ = ['services', 'chosen', 'check_free', 'up']
 
 # %% ../../nbs/cli/23_up.ipynb #fa9854ab
 def services(workspace: Workspace, mlflow_port: int) -> dict[str, list[str]]:
@@ -55,6 +58,21 @@ def chosen(names: tuple[str, ...], all_names: list[str]) -> list[str]:
         raise UsageError(f"expected services of {', '.join(all_names)}, found {', '.join(unknown)}")
     return list(names) or all_names
 
+# %% ../../nbs/cli/23_up.ipynb #c1285229
+def check_free(workspace: Workspace, wanted: Sequence[str]) -> None:
+    """Raise ServingError when another server answers on the port that the server of this workspace is set to."""
+    serving = workspace.settings.serving
+    if serving.port == 0:
+        return
+    found = look_at(local_host(serving.host), serving.port, read_identity(workspace.state))
+    if found.kind == "none":
+        return
+    rest = " ".join(name for name in wanted if name != "server")
+    advice = f"; or leave the server out: mwb up {rest}" if found.ours and rest else ""
+    if found.ours:
+        raise ServingError(f"expected port {serving.port} to be free, found: {found.words}{advice}")
+    raise ServingError(f"nothing was started: {found.words}")
+
 # %% ../../nbs/cli/23_up.ipynb #e1ae7267
 @click.command()
 @click.argument("names", nargs=-1, metavar="[SERVICE]...")
@@ -77,7 +95,10 @@ def up(names: tuple[str, ...], mlflow_port: int, workspace: Path | None) -> None
         "PYTHONUNBUFFERED": "1",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
-    for name in chosen(names, list(commands)):
+    wanted = chosen(names, list(commands))
+    if "server" in wanted:
+        check_free(opened, wanted)
+    for name in wanted:
         manager.add_process(name, shlex.join(commands[name]), env=environment, cwd=str(opened.root))
     serving, pages = opened.settings.serving, opened.settings.pages
     click.echo(f"predictions  http://{serving.host}:{serving.port}")

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FeatureError', 'Feature', 'FeatureSchema', 'encode_rows', 'encode_columns']
 
-# %% ../../nbs/core/06_features.ipynb #ad37bf03
-from collections.abc import Mapping, Sequence
+# %% ../../nbs/core/06_features.ipynb #571d157e
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal
 
@@ -254,6 +255,7 @@ class FeatureSchema(BaseModel):
     label: str  # the column that holds the right answer
     key: str | None  # the column that names a row
     entity: str | None = None  # the field that keeps one visitor on one release
+    ignored: tuple[str, ...] = ()  # further columns, which a row may carry and no model reads
 
     @model_validator(mode="after")
     def _check_names(self) -> "FeatureSchema":
@@ -285,7 +287,12 @@ class FeatureSchema(BaseModel):
     def known_fields(self) -> frozenset[str]:
         """Every field that a row may have when it is checked strictly."""
         others = {name for name in (self.key, self.entity, self.label) if name}
-        return frozenset({feature.name for feature in self.features} | others)
+        return frozenset({feature.name for feature in self.features} | others | set(self.ignored))
+
+    def ignoring(self, columns: Iterable[str]) -> "FeatureSchema":
+        """The same schema for rows that may also carry these columns."""
+        known = (*self.ignored, *(name for name in columns if name not in self.known_fields))
+        return FeatureSchema.model_validate({**self.model_dump(), "ignored": known})
 
     def encode_rows(
         self,
@@ -306,6 +313,14 @@ class FeatureSchema(BaseModel):
         """The same arrays from whole columns (a pandas frame is such a mapping), NaN = missing."""
         return encode_columns(self, columns)
 
+# %% ../../nbs/core/06_features.ipynb #e092f527
+def _unknown_words(schema: FeatureSchema, name: str, row: int) -> str:
+    """What is said of a field that the schema does not know: the nearest known one, or all of them."""
+    names = sorted(schema.known_fields)
+    near = get_close_matches(name, names, n=1) if len(name) <= 100 else []
+    advice = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(names)[:1000]}"
+    return f"expected known fields in row {row}, found {shorten(name)}; {advice}"
+
 # %% ../../nbs/core/06_features.ipynb #1541c807
 def _check_rows(schema: FeatureSchema, rows: object, strict: bool) -> None:
     """FeatureError unless this is a sequence of JSON objects with known fields."""
@@ -314,11 +329,9 @@ def _check_rows(schema: FeatureSchema, rows: object, strict: bool) -> None:
     for number, row in enumerate(rows):
         if type(row) is not dict and not isinstance(row, Mapping):
             raise _refuse("an object with one member a field", row, None, number)
-        if strict:
-            unknown = sorted(str(name) for name in row.keys() - schema.known_fields)
-            if unknown:
-                known = ", ".join(sorted(schema.known_fields))
-                raise _refuse(f"only the fields {known}", unknown[0], unknown[0], number)
+        if strict and not row.keys() <= schema.known_fields:
+            name = min(str(name) for name in row.keys() - schema.known_fields)
+            raise FeatureError(_unknown_words(schema, name, number), field=name, row=number)
 
 # %% ../../nbs/core/06_features.ipynb #0a0387fd
 def encode_rows(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['sync_folder', 'write_atomic', 'canonical_json', 'sha256_bytes', 'digest_of', 'sha256_file', 'write_json', 'read_json',
-           'safe_join', 'file_lock']
+           'safe_join', 'file_lock', 'at_work', 'is_at_work']
 
 # %% ../../nbs/core/02_files.ipynb #4d0c28ef
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -148,3 +149,25 @@ def file_lock(
         yield
     finally:
         lock.release()
+
+# %% ../../nbs/core/02_files.ipynb #39b39072
+@contextlib.contextmanager
+def at_work(path: Path | str) -> Iterator[None]:
+    """Say, for as long as the block lasts, that a process works behind this file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        yield
+
+# %% ../../nbs/core/02_files.ipynb #7c8bd87f
+def is_at_work(path: Path | str) -> bool:
+    """Whether a living process says so right now; nothing is made where there is no file."""
+    try:
+        with Path(path).open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

@@ -141,7 +141,7 @@ def deliver(
 # %% ../../nbs/core/15_notify.ipynb #f417844d
 CLAIM_SECONDS = 120.0
 LONGEST_WAIT_SECONDS = 900.0
-NO_CHANNEL = "no channel"
+NO_CHANNEL = "no channel is set; add one to [notify] of settings.ini, for instance team = secret://TEAM_CHANNEL"
 
 # %% ../../nbs/core/15_notify.ipynb #a109ccfd
 @dataclass(frozen=True)

@@ -125,6 +125,11 @@ class Workspace:
         return self.state / "locks"
 
     @property
+    def monitor_lock(self) -> Path:
+        """The lock that a running monitor holds."""
+        return self.locks / "monitor.lock"
+
+    @property
     def secrets_path(self) -> Path:
         """The file with NAME=value lines that only its owner may read."""
         return self.state / "secrets"

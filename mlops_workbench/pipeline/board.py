@@ -78,7 +78,7 @@ def decision_promises(workspace: Workspace, bad_release: str, bad_batch: str) ->
             bool(refused),
         ),
         Promise(
-            "a model below standard is refused",
+            "a model that does not pass every gate is refused",
             gates[0].reason[:150] if gates else "no gate report on record",
             bool(gates) and gates[0].verdict == "refused",
         ),

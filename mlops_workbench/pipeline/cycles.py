@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CYCLE_FILE', 'CURRENT_FILE', 'CYCLE_PATTERN', 'LOCK_SECONDS', 'Cycle', 'read_cycle', 'cycle_names', 'create_cycle',
-           'current_cycle', 'change_cycle', 'finished_run', 'attempts', 'folders_lock', 'take_folder', 'open_run',
-           'close_run', 'open_runs', 'remember_run', 'find_run']
+           'current_cycle', 'drop_cycle', 'change_cycle', 'finished_run', 'attempts', 'folders_lock', 'take_folder',
+           'open_run', 'close_run', 'open_runs', 'remember_run', 'find_run']
 
 # %% ../../nbs/pipeline/07_cycles.ipynb #cde7180c
 import contextlib
@@ -113,6 +113,21 @@ def current_cycle(workspace: Workspace) -> Cycle | None:
         named = None
     names = cycle_names(workspace) if named is None else []
     return read_cycle(workspace, names[-1]) if names else named
+
+# %% ../../nbs/pipeline/07_cycles.ipynb #2b70f432
+def drop_cycle(workspace: Workspace, name: str, before: Cycle | None) -> bool:
+    """Take a cycle away in which no stage was run, and go back to the one before; whether it was taken away."""
+    folder = workspace.runs / name
+    if any(entry.is_dir() for entry in folder.iterdir()):
+        return False
+    (folder / CYCLE_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a file of somebody else lies there
+        folder.rmdir()
+    if before is None:
+        (workspace.runs / CURRENT_FILE).unlink(missing_ok=True)
+    else:
+        write_atomic(workspace.runs / CURRENT_FILE, before.name + "\n")
+    return True
 
 # %% ../../nbs/pipeline/07_cycles.ipynb #22b594fc
 def change_cycle(workspace: Workspace, name: str, **changes: Any) -> Cycle:

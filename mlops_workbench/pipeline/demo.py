@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pandas as pd
 
@@ -34,6 +33,7 @@ from .manifest import Manifest, read_manifest
 from .runner import CycleResult, run_stages
 from .traffic import Replay, replay_rows, send_labels
 from ..recipes.protocol import load_recipe
+from ..serving.address import find_server
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'turn_labels', 'marker', 'demo_workspace', 'DemoServer', 'start_server', 'Demo', 'first_release',
@@ -112,12 +112,8 @@ def start_server(workspace: Workspace, seconds: float = 60.0) -> DemoServer:
         )
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
-        if port_file.exists() and (port := port_file.read_text().strip()):
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200:
-                    return DemoServer(process, f"http://127.0.0.1:{port}")
-            except httpx.TransportError:
-                pass
+        if port_file.exists() and (server := find_server(workspace)).ours:
+            return DemoServer(process, server.address)
         time.sleep(0.05)
     process.kill()
     raise ServingError(
@@ -173,16 +169,21 @@ class Demo:
         recipe = load_recipe(self.workspace.settings.workspace.recipe, self.workspace.root)
         return recipe.source(f"2013-{number:02d}..2013-{number:02d}")
 
-    def traffic(self, frame: pd.DataFrame, *, prefix: str = "", share: float = 0.8) -> Replay:
-        """Replay the rows as requests, then let most of the true answers arrive."""
+    def traffic(
+        self, frame: pd.DataFrame, *, prefix: str = "", share: float = 0.8
+    ) -> tuple[Replay, int]:
+        """Replay the rows as requests, then let most of the true answers arrive; return how many have."""
         recipe = load_recipe(self.workspace.settings.workspace.recipe, self.workspace.root)
-        replay = replay_rows(self.server.url, recipe, frame, prefix=prefix)
-        arrived = send_labels(self.server.url, replay.labels, share=share)
+        server = find_server(self.workspace)
+        if not server.ours:
+            raise ServingError(f"nothing was asked, {server.unserved}")
+        replay = replay_rows(server.address, recipe, frame, prefix=prefix)
+        arrived = send_labels(server.address, replay.labels, share=share)
         self.say(
-            f"  {len(frame)} requests, {len(replay.failed)} failed, p99 {replay.p99_ms:.1f} ms; "
-            f"{arrived} true answers arrived"
+            f"  {len(frame)} requests, {len(replay.failed)} failed, p99 {replay.p99_ms:.1f} ms; the true answers of "
+            f"{arrived} of them have arrived, the other {len(frame) - arrived} are still out"
         )
-        return replay
+        return replay, arrived
 
 # %% ../../nbs/pipeline/43_demo.ipynb #aa437074
 def first_release(demo: Demo) -> None:
@@ -203,14 +204,14 @@ def first_release(demo: Demo) -> None:
 def late_truth(demo: Demo) -> None:
     """April is asked, its true answers follow; the monitor says what moved; the update stage decides."""
     demo.say("2  April comes as real requests, its true answers follow late; the monitor looks")
-    replay = demo.traffic(demo.month(4))
+    replay, arrived = demo.traffic(demo.month(4))
     demo.facts["april"] = replay
     result = demo.run(
         "1-first-release",
         ["monitor", "update"],
         {
             "monitor": {"since": replay.since, "until": replay.until + 1.0},
-            "update": {"new_rows": len(replay.labels)},
+            "update": {"new_rows": arrived},
         },
     )
     tell(demo, result)
@@ -265,7 +266,7 @@ def rolled_back(demo: Demo) -> None:
         "5  the refused model is forced into service; August's true answers arrive; the monitor acts"
     )
     tell(demo, demo.run("4-forced", ["deploy"], {"deploy": {"force": True}}))
-    replay = demo.traffic(demo.month(8))
+    replay, _ = demo.traffic(demo.month(8))
     result = demo.run(
         "4-forced", ["monitor"], {"monitor": {"since": replay.since, "until": replay.until + 1.0}}
     )
@@ -333,7 +334,8 @@ def run_demo(
     """Play every chapter in `folder` and return the board; the workspace stays for looking around."""
     start = time.monotonic()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with webhook_receiver(folder.parent / f".{folder.name}-notifications.jsonl") as receiver:
+    received = folder / ".mwb" / "notifications.jsonl"  # the workspace is made meanwhile
+    with webhook_receiver(received) as receiver:
         workspace = demo_workspace(folder, receiver.url)
         server = start_server(workspace)
         demo = Demo(workspace, server, receiver, say, progress)

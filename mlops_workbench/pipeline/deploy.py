@@ -19,34 +19,31 @@ from .manifest import Manifest
 from .outcome import Outcome, decided_by, write_output
 from .stage import Stage
 from ..release.deployment import CHAMPION, deploy
-from ..serving.address import server_address, server_headers
+from ..serving.address import find_server, server_headers
 
 # %% auto #0
-__all__ = ['server_answers', 'wait_for_release', 'follow_in_registry', 'evaluated_digest', 'deploy_release']
-
-# %% ../../nbs/pipeline/34_deploy.ipynb #d3916d9d
-def server_answers(workspace: Workspace) -> bool:
-    """Whether a server of this workspace runs."""
-    try:
-        return httpx.get(f"{server_address(workspace)}/health", timeout=2).status_code < 500
-    except httpx.TransportError:
-        return False
+__all__ = ['wait_for_release', 'follow_in_registry', 'evaluated_digest', 'deploy_release']
 
 # %% ../../nbs/pipeline/34_deploy.ipynb #0b3ed0e1
 def wait_for_release(workspace: Workspace, digest: str, seconds: float) -> float | None:
-    """Return after how many seconds the running server serves `digest`; None without a server."""
+    """Return after how many seconds the workspace's server serves `digest`; None when no server of its own runs."""
     start = time.monotonic()
-    if not server_answers(workspace):
-        return None
-    url, headers = server_address(workspace), server_headers(workspace)
-    while time.monotonic() - start < seconds:
-        answer = httpx.get(f"{url}/release", headers=headers, timeout=5)
+    server = find_server(workspace)
+    headers = server_headers(workspace) if server.ours else {}
+    while server.ours and time.monotonic() - start < seconds:
+        try:
+            answer = httpx.get(f"{server.address}/release", headers=headers, timeout=5)
+        except httpx.TransportError:
+            server = find_server(workspace)  # it ended, or another one took its port
+            continue
         if answer.status_code == 200 and digest in answer.text:
             return time.monotonic() - start
         time.sleep(0.02)
+    if not server.ours:
+        return None
     raise ServingError(
-        f"expected the server at {url} to serve {digest[:12]} within {seconds:g} s, it does not; "
-        f"see {url}/health and the server's log"
+        f"expected the server at {server.address} to serve {digest[:12]} within {seconds:g} s, it does not; "
+        f"the decision stands and the server follows as soon as it can: see {server.address}/health and its log"
     )
 
 # %% ../../nbs/pipeline/34_deploy.ipynb #e2ad7a34
@@ -85,7 +82,9 @@ def deploy_release(
     seconds = time.monotonic() - start
     stage.data_version = change.data_version
     version = follow_in_registry(stage.workspace, change.digest)
-    where = "no server runs yet" if answered is None else f"first answer after {seconds:.2f} s"
+    where = f"first answer after {seconds:.2f} s"
+    if answered is None:
+        where = find_server(stage.workspace).unserved
     record = {
         "release": change.name,
         "digest": change.digest,

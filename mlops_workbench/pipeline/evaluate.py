@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.errors import SettingsError
-from ..core.settings import GateSettings, Settings
 from ..data.records import DataVersion
 from ..data.versions import DataStore
 from ..experiment.provenance import collect
@@ -22,21 +20,10 @@ from ..recipes.protocol import encode
 from ..release.bundles import build_bundle, predict_onnx
 from ..release.deployment import CHAMPION, next_release_name, record_release
 from ..release.gates import GateReport, evaluate_gates
+from ..release.standard import gate_of
 
 # %% auto #0
-__all__ = ['gate_of', 'build_candidate', 'forced_rows', 'run_gates', 'record_verdict']
-
-# %% ../../nbs/pipeline/33_evaluate.ipynb #cca59be4
-def gate_of(settings: Settings, recipe: str) -> GateSettings:
-    """Return the gate of a recipe; SettingsError says which section is missing."""
-    gate = settings.gates.get(recipe)
-    if gate is None:
-        known = ", ".join(sorted(settings.gates)) or "none"
-        raise SettingsError(
-            f"expected a section [gates.{recipe}] in settings.ini, found gates for {known}; "
-            f"add [gates.{recipe}] with metric, threshold and direction"
-        )
-    return gate
+__all__ = ['build_candidate', 'forced_rows', 'run_gates', 'record_verdict']
 
 # %% ../../nbs/pipeline/33_evaluate.ipynb #1ac8f867
 def build_candidate(stage: Stage, trained: Manifest, parts: dict[str, pd.DataFrame]) -> Path:
@@ -52,7 +39,7 @@ def build_candidate(stage: Stage, trained: Manifest, parts: dict[str, pd.DataFra
         name=next_release_name(stage.workspace, stage.recipe.name),
         recipe=stage.recipe.name,
         model_folder=onnx.parent,
-        features=stage.recipe.features,
+        features=stage.recipe.features.ignoring(map(str, parts["train"].columns)),
         profile=build_profile(parts["train"], stage.recipe.features, probabilities, labels=labels),
         parameters=trained.read("parameters.json"),
         thresholds=numbers(gate.model_dump()),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENGINE_NAME', 'import_papermill', 'Watcher', 'Execution', 'Session', 'stage_engine', 'first_words', 'literal_path',
-           'execute', 'mark_unfinished']
+           'execute', 'error_words', 'mark_unfinished']
 
 # %% ../../nbs/pipeline/09_execution.ipynb #361f3a18
 import contextlib
@@ -22,8 +22,9 @@ from pathlib import Path
 from queue import Empty
 from typing import Any, cast
 
-from ..core.errors import StageError
+from ..core.errors import StageError, WorkbenchError
 from ..core.files import write_atomic
+from ..core.interrupts import raises_interrupt
 from .contract import JsonValue, check_injected
 from .kernels import KERNEL_NAME
 from .limits import Limits, Watch, kill_tree
@@ -258,16 +259,13 @@ def _stopping_gently(session: Session) -> Iterator[None]:
     numbers: list[signal.Signals] = []
     if threading.current_thread() is threading.main_thread():
         both = (signal.SIGINT, signal.SIGTERM)
-        numbers = [
-            number for number in both if signal.getsignal(number) is signal.default_int_handler
-        ]
-    for number in numbers:
-        signal.signal(number, stop)
+        numbers = [number for number in both if raises_interrupt(number)]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, signal.default_int_handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 # %% ../../nbs/pipeline/09_execution.ipynb #b09d317f
 def execute(
@@ -317,12 +315,26 @@ def _end(session: Session, output: Path, status: Status) -> None:
     if status != "failed":
         mark_unfinished(output, session.cell, status)
 
+# %% ../../nbs/pipeline/09_execution.ipynb #db3d9b8f
+def error_words(
+    name: str,  # of the error's class
+    text: str,
+) -> str:
+    """What is said of an error: the text alone when it is one of ours."""
+    from mlops_workbench.core import features  # noqa: F401 -- it has an error of its own
+
+    known, ours = [WorkbenchError], {WorkbenchError.__name__}
+    while known:
+        known = [child for parent in known for child in parent.__subclasses__()]
+        ours |= {kind.__name__ for kind in known}
+    return text if name in ours and text else f"{name}: {text}".strip(": ")
+
 # %% ../../nbs/pipeline/09_execution.ipynb #4e39358e
 def _cell_failure(error: Any) -> Failure:
     """The cell that failed and how."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
     return Failure(
-        text=f"{error.ename}: {error.evalue}".strip(": ")[:500], cell=int(error.cell_index) + 1, name=str(error.ename),
+        text=error_words(str(error.ename), str(error.evalue))[:500], cell=int(error.cell_index) + 1, name=str(error.ename),
         source=str(error.source)[:2000], traceback=plain[-8000:],
     )  # fmt: skip
 
@@ -345,7 +357,7 @@ def _death(session: Session, error: Exception) -> tuple[Status, Failure]:
             name="DeadKernel",
         )
     return "failed", Failure(
-        text=f"{type(error).__name__}: {error}"[:500],
+        text=error_words(type(error).__name__, str(error))[:500],
         cell=session.cell or None,
         name=type(error).__name__,
     )

@@ -150,9 +150,11 @@ def snapshot_batch(
     forced = intake.verdict == "forced"
     how = "forced although the checks refuse it" if forced else "accepted"
     set_default_data(stage.workspace, ref, reason=f"{taken} rows {how}", **by)
-    metrics = {"rows": float(intake.version.rows), "new_rows": float(taken)}
+    new = intake.version.rows - (0 if previous is None else len(previous))
+    again = f", {taken - new} known before and taken anew" if taken > new else ""
+    metrics = {"rows": float(intake.version.rows), "new_rows": float(new)}
     metrics["held_rows"] = float(intake.held)
-    said = f"{ref}: {intake.version.rows} rows, {taken} of them new, {how}"
+    said = f"{ref}: {intake.version.rows} rows, {new} of them new{again}, {how}"
     if intake.quarantine is not None:
         said += (
             f"; {intake.held} rows wait in {intake.quarantine.ref}: see them with "

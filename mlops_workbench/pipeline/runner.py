@@ -155,6 +155,7 @@ class CycleResult:
     stages: tuple[StageOutcome, ...]
     seconds: float
     resume: str = ""  # the command that goes on after a failure
+    dropped: str = ""  # a new cycle in which nothing ran, and which is gone again
 
     @property
     def ok(self) -> bool:

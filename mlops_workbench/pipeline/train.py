@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from ..core.errors import DataError, StageParameterError
+from ..core.settings import GateSettings
 from ..experiment.export import export_model, parity
 from ..experiment.training import TrainingResult
 from .manifest import Manifest
@@ -21,7 +22,7 @@ from ..recipes.protocol import Recipe, encode
 from ..release.bundles import predict_onnx
 
 # %% auto #0
-__all__ = ['split_parts', 'load_parts', 'merge_parameters', 'training_parameters', 'export_outputs', 'judge']
+__all__ = ['split_parts', 'load_parts', 'merge_parameters', 'training_parameters', 'export_outputs', 'judge', 'training_words']
 
 # %% ../../nbs/pipeline/32_train.ipynb #00350fb2
 def split_parts(recipe: Recipe, frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -86,3 +87,12 @@ def judge(stage: Stage, onnx: Path, rows: pd.DataFrame) -> dict[str, float]:
     """Return the recipe's metrics of the exported model on rows that it did not learn from."""
     arrays, labels = encode(stage.recipe, rows)
     return numbers(stage.recipe.metrics(labels, predict_onnx(onnx, arrays)))
+
+# %% ../../nbs/pipeline/32_train.ipynb #0f319e81
+def training_words(
+    primary: str, gate: GateSettings | None, metrics: Mapping[str, float], rows: int
+) -> str:
+    """Return the figures that matter in one line."""
+    asked = [primary] if gate is None or gate.metric not in metrics else [gate.metric, primary]
+    figures = [f"{name} {metrics[name]:.4f}" for name in dict.fromkeys(asked)]
+    return f"{', '.join(figures)} on {rows} test rows"

@@ -23,6 +23,7 @@ from .deploy import wait_for_release
 from .outcome import DecidedBy, Outcome, decided_by, numbers, write_output
 from .stage import Stage
 from ..release.deployment import rollback
+from ..serving.address import find_server
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,11 +49,13 @@ class Actions:
         change = rollback(
             self.workspace, reason=f"rule {asked.rule}: {asked.reason}", bar=True, **self.decision
         )
-        wait_for_release(self.workspace, change.digest, 30.0)
+        answered = wait_for_release(self.workspace, change.digest, 30.0)
         self.rollback_seconds = time.monotonic() - start
         self.done = (
             f"rolled back from {change.previous} to {change.name} in {self.rollback_seconds:.2f} s"
         )
+        if answered is None:
+            self.done += f"; {find_server(self.workspace).unserved}"
         return True
 
 # %% ../../nbs/pipeline/35_watch.ipynb #1fb6c8e8

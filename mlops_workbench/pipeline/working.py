@@ -17,7 +17,14 @@ from ..core.errors import WorkbenchError
 from ..core.workspace import Workspace
 from ..experiment.owner import process_identity
 from .contract import JsonValue
-from .cycles import Cycle, change_cycle, create_cycle, read_cycle
+from mlops_workbench.pipeline.cycles import (
+    Cycle,
+    change_cycle,
+    create_cycle,
+    current_cycle,
+    drop_cycle,
+    read_cycle,
+)
 from .execution import Execution, Watcher, execute, import_papermill
 from .kernels import parent_key, start_parent, write_kernelspecs
 from .lease import RunnerLease
@@ -66,15 +73,22 @@ def work(
         for text in recover_runs(plan.workspace, tracker):
             plan.progress(Progress("recovered", text=text))
         closed = tracker.request("left_behind")
+        before = current_cycle(plan.workspace)
         cycle, continued = _cycle_for(plan, wanted, found, trigger)
         plan.progress(Progress("cycle", text=cycle.name, total=len(plan.stages)))
         job = Job(plan, cycle, continued, tracker, lease)
         lease.when_lost = job.stop_kernel
         outcomes: list[StageOutcome] = []
-        for position, stage in enumerate(plan.stages, 1):
-            outcomes.append(_one_stage(job, stage, position))
-            if outcomes[-1].failure is not None or outcomes[-1].refused:
-                break
+        dropped = ""
+        try:
+            for position, stage in enumerate(plan.stages, 1):
+                outcomes.append(_one_stage(job, stage, position))
+                if outcomes[-1].failure is not None or outcomes[-1].refused:
+                    break
+        finally:
+            is_new = found is None or cycle.name != found.name
+            if is_new and (wanted == "new" or not outcomes):
+                dropped = cycle.name if drop_cycle(plan.workspace, cycle.name, before) else ""
         if closed.done() and closed.exception() is not None:
             plan.progress(Progress("recovered", text=str(closed.exception())))
     failed = outcomes[-1].failure is not None
@@ -83,9 +97,9 @@ def work(
         if plan.everything
         else "mwb run " + " ".join(stage.name for stage in plan.stages[len(outcomes) - 1 :])
     )
-    return CycleResult(
-        cycle.name, tuple(outcomes), time.monotonic() - begun, resume if failed else ""
-    )
+    name = before.name if dropped and before is not None else cycle.name
+    seconds = time.monotonic() - begun
+    return CycleResult(name, tuple(outcomes), seconds, resume if failed else "", dropped)
 
 # %% ../../nbs/pipeline/16_working.ipynb #b54c63ce
 def warm_up(workspace: Workspace) -> None:

@@ -134,6 +134,7 @@ class TabularRecipe:
         | None = None,  # finds in the key what keeps rows together, such as the day
         slices: Sequence[str] = (),
         entity: str | None = None,
+        ignored: Sequence[str] = (),  # columns that are no features, but may come with a request
         descriptions: Mapping[str, str] | None = None,  # column -> words for people
         primary_metric: str = "brier",
         parameters: Mapping[str, Scalar] | None = None,  # other defaults
@@ -185,6 +186,7 @@ class TabularRecipe:
             label=label,
             key=key or "row",
             entity=entity,
+            ignored=tuple(ignored),
         )
 
     def __repr__(self) -> str:

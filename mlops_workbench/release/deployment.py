@@ -128,8 +128,8 @@ def deploy(
     allowed = release.status in ("approved", "retired")
     if not allowed and not force:
         raise GateRefusedError(
-            f"expected an approved release, {release.name} is {release.status}; nothing was deployed; "
-            "see its gate report with `mwb release show`"
+            f"expected an approved release, {release.name} is {release.status}; nothing was deployed; see its gates "
+            f"with `mwb release show {release.name}`, or deploy it all the same: mwb run deploy -p deploy.force=true"
         )
     manifest = verify_bundle(Path(release.path), release.digest)
     slot = ledger.slot(CHAMPION)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,22 @@ import numpy as np
 import pandas as pd
 
 from ..core.bundle import read_manifest
-from ..core.errors import DataError, SettingsError
+from ..core.errors import DataError
 from ..core.settings import GateSettings
 from ..core.workspace import Workspace
 from ..recipes.protocol import Recipe, encode
 from .bundles import predict_onnx
 from .probe import json_row, measure_latency, probe_hostile, serve_bundle
+from .standard import check_metric
 
 # %% auto #0
-__all__ = ['GateResult', 'GateReport', 'bootstrap_interval', 'quality_gates', 'slice_gate', 'server_gates', 'evaluate_gates']
+__all__ = ['QUALITY', 'GateResult', 'GateReport', 'bootstrap_interval', 'quality_gates', 'slice_gate', 'server_gates',
+           'evaluate_gates']
 
-# %% ../../nbs/release/02_gates.ipynb #7bc245ad
+# %% ../../nbs/release/02_gates.ipynb #6c839768
+QUALITY = "quality: "  # begins the name of the gate on the recipe's metric
+
+
 @dataclass(frozen=True)
 class GateResult:
     """One measured value against its threshold."""
@@ -52,7 +56,7 @@ class GateResult:
         """Return the gate as plain values for a report."""
         return {**asdict(self), "margin": self.margin, "passed": self.passed}
 
-# %% ../../nbs/release/02_gates.ipynb #247a5be9
+# %% ../../nbs/release/02_gates.ipynb #7bc245ad
 @dataclass(frozen=True)
 class GateReport:
     """All gates of one release."""
@@ -67,11 +71,21 @@ class GateReport:
         return all(result.passed for result in self.results)
 
     @property
+    def quality(self) -> str:
+        """The figure of the quality gate beside its threshold, as the end of a sentence."""
+        for result in self.results:
+            if result.name.startswith(QUALITY):
+                side = "at least" if result.direction == "higher" else "at most"
+                name = result.name.removeprefix(QUALITY)
+                return f", {name} {result.value:.4g} ({side} {result.threshold:.4g})"
+        return ""
+
+    @property
     def reason(self) -> str:
         """One sentence: which gates refused and by how much, or that all passed."""
         refused = [result for result in self.results if not result.passed]
         if not refused:
-            return f"all {len(self.results)} gates passed"
+            return f"all {len(self.results)} gates passed{self.quality}"
         return "refused by " + "; ".join(
             f"{r.name}: {r.value:.4g}{r.unit} against {r.threshold:.4g}{r.unit}" for r in refused
         )
@@ -138,13 +152,7 @@ def quality_gates(
         return float(recipe.metrics(labels[drawn], of[drawn])[gate.metric])
 
     everything = np.arange(len(labels))
-    known = list(recipe.metrics(labels, probabilities))
-    if gate.metric not in known:
-        near = get_close_matches(gate.metric, known, 1)
-        raise SettingsError(
-            f"expected a metric of {recipe.name!r} in [gates.{recipe.name}], found {gate.metric!r}; "
-            f"{f'did you mean {near[0]!r}? ' if near else ''}its metrics are {', '.join(known)}"
-        )
+    check_metric(recipe.name, gate, list(recipe.metrics(labels, probabilities)))
     value = metric(probabilities, everything)
     interval = bootstrap_interval(
         lambda drawn: metric(probabilities, drawn), len(labels), confidence=confidence
@@ -152,7 +160,7 @@ def quality_gates(
     evidence = {"rows": len(labels), "interval": interval, "confidence": confidence}
     results = [
         GateResult(
-            f"quality: {gate.metric}", value, gate.threshold, gate.direction, evidence=evidence
+            f"{QUALITY}{gate.metric}", value, gate.threshold, gate.direction, evidence=evidence
         )
     ]
     if champion is None:

@@ -11,7 +11,7 @@ import time
 
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
@@ -40,8 +40,9 @@ from .requests import RequestError, decode_feedback, decode_predict
 from .service import SLOT, PredictionService
 
 # %% auto #0
-__all__ = ['INLINE_ROWS', 'LOGGED_ROUTES', 'UNLOGGED_STATUS', 'logger', 'Handler', 'ROUTES', 'PredictionApp', 'create_app',
-           'predict', 'feedback', 'release', 'metrics', 'health', 'ready', 'Route', 'respond', 'answer_for', 'recorded']
+__all__ = ['INLINE_ROWS', 'LOGGED_ROUTES', 'UNLOGGED_STATUS', 'logger', 'Handler', 'ROUTES', 'WorkspaceName', 'PredictionApp',
+           'create_app', 'predict', 'feedback', 'release', 'metrics', 'health', 'ready', 'Route', 'respond',
+           'answer_for', 'recorded']
 
 # %% ../../nbs/serving/08_app.ipynb #f39289bb
 INLINE_ROWS = 64  # questions of more rows go to the worker thread
@@ -50,14 +51,29 @@ UNLOGGED_STATUS = (401, 403, 405)  # strangers shall not fill the log
 
 logger = logging.getLogger(__name__)
 
+# %% ../../nbs/serving/08_app.ipynb #a2dc5c57
+@dataclass(frozen=True)
+class WorkspaceName:
+    """Which workspace a server serves: its identity, and what people call it."""
+
+    id: str
+    name: str
+
 # %% ../../nbs/serving/08_app.ipynb #0bb9640f
 class PredictionApp:
     """The ASGI application of the prediction server."""
 
     def __init__(
-        self, *, pointer_path: Path, predictions: Path, settings: ServingSettings, token: str | None
+        self,
+        *,
+        pointer_path: Path,
+        predictions: Path,
+        settings: ServingSettings,
+        token: str | None,
+        workspace: WorkspaceName | None = None,
     ) -> None:
         self.settings = settings
+        self.workspace = workspace
         self.service = PredictionService(
             pointer_path=pointer_path, predictions=predictions, settings=settings
         )
@@ -96,10 +112,15 @@ def create_app(
     predictions: Path,  # folder of the prediction log
     settings: ServingSettings,
     token: str | None,  # None trusts everybody who reaches the loopback address
+    workspace: WorkspaceName | None = None,  # that it serves; None for a bundle alone
 ) -> PredictionApp:
     """The prediction server as an ASGI application."""
     return PredictionApp(
-        pointer_path=pointer_path, predictions=predictions, settings=settings, token=token
+        pointer_path=pointer_path,
+        predictions=predictions,
+        settings=settings,
+        token=token,
+        workspace=workspace,
     )
 
 # %% ../../nbs/serving/08_app.ipynb #9585e605
@@ -147,13 +168,14 @@ async def metrics(app: PredictionApp, request: Request) -> Answer:
 
 # %% ../../nbs/serving/08_app.ipynb #744d3c80
 async def health(app: PredictionApp, request: Request) -> Answer:
-    """GET /health: 200 while the process lives; what is wrong, for those who may see it."""
-    word = app.service.health()
+    """GET /health: 200 while the process lives, and whose it is; what is wrong, for those who may see it."""
+    word, whose = app.service.health(), app.workspace
     if not app.guard.knows(request.headers):
-        return json_answer({"status": word})
+        return json_answer({"status": word, "workspace": whose and {"id": whose.id}})
     log = app.service.log
     figures = {"records": log.records, "failures": log.failures, "last_failure": log.last_failure}
-    return json_answer({"status": word, **app.service.slots.status().as_json(), "log": figures})
+    about = {"status": word, "workspace": whose and asdict(whose)}
+    return json_answer({**about, **app.service.slots.status().as_json(), "log": figures})
 
 # %% ../../nbs/serving/08_app.ipynb #412c4691
 async def ready(app: PredictionApp, request: Request) -> Answer:

@@ -59,9 +59,9 @@ class LoadedModel:
     def probabilities(self, rows: Sequence[Mapping[str, object]]) -> NDArray[np.float32]:
         """Probabilities of raw rows, float32 [n, n_classes].
 
-        FeatureError names the field and row that do not fit; ServingError when the model gives no finite answer.
+        FeatureError names the field and row that do not fit or are unknown; ServingError when the model gives no finite answer.
         """
-        answer = run_session(self.session, self.schema.encode_rows(rows))
+        answer = run_session(self.session, self.schema.encode_rows(rows, strict=True))
         return checked_probabilities(answer, len(rows), len(self.classes))
 
 # %% ../../nbs/serving/00_models.ipynb #dc2f7960

@@ -16,8 +16,9 @@ from ..core.errors import ServingError, shorten
 from .feedback import FeedbackItem
 
 # %% auto #0
-__all__ = ['Identifier', 'Unset', 'RequestError', 'PredictBody', 'FeedbackEntry', 'FeedbackBody', 'place_of', 'decode_body',
-           'Question', 'decode_predict', 'check_rows', 'decode_feedback', 'feedback_item', 'short_number']
+__all__ = ['Identifier', 'Unset', 'PREDICT_FORM', 'FEEDBACK_FORM', 'RequestError', 'PredictBody', 'FeedbackEntry', 'FeedbackBody',
+           'place_of', 'shape_of', 'decode_body', 'Question', 'decode_predict', 'check_rows', 'decode_feedback',
+           'feedback_item', 'short_number']
 
 # %% ../../nbs/serving/05_requests.ipynb #dea00105
 class RequestError(ServingError):
@@ -73,8 +74,29 @@ def place_of(message: str) -> tuple[str | None, int | None]:
 _predict_decoder = msgspec.json.Decoder(PredictBody)
 _feedback_decoder = msgspec.json.Decoder(FeedbackBody)
 
-# %% ../../nbs/serving/05_requests.ipynb #5d4eb876
-def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
+# %% ../../nbs/serving/05_requests.ipynb #78a252ca
+PREDICT_FORM = 'a body {"rows": [{...}, ...]} or {"row": {...}}, the fields of a row inside'
+FEEDBACK_FORM = 'a body {"feedback": [{"id": "...", "label": "..."}, ...]}'
+
+
+def shape_of(body: bytes) -> str:
+    """What a body is on the outside."""
+    kinds = {
+        b"[": "a list",
+        b"{": "an object",
+        b'"': "a text",
+        b"n": "null",
+        b"t": "true",
+        b"f": "false",
+    }
+    return kinds.get(body.lstrip()[:1], "a number")
+
+# %% ../../nbs/serving/05_requests.ipynb #426f8180
+def decode_body(
+    decoder: msgspec.json.Decoder[Any],
+    body: bytes,
+    form: str,  # what the body must be, for the error
+) -> Any:
     """The decoded body; RequestError 400 for what is no JSON, 422 for JSON of another form."""
     try:
         return decoder.decode(body)
@@ -83,7 +105,15 @@ def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
         if text.startswith("Number out of range"):
             raise RequestError(400, "expected JSON, found a number beyond float64") from error
         field, row = place_of(text)
-        raise RequestError(422, f"the body does not fit: {text}", field=field, row=row) from error
+        if " - at `$" in text:
+            said = f"the body does not fit: {text}"
+        else:  # the outermost brackets are wrong already: a bare row, a list
+            found = shape_of(body)
+            if field is not None:
+                missing = "required field" in text
+                found = f"no field {field!r}" if missing else f"{shorten(field)} outside of these"
+            said = f"expected {form}, found {found}"
+        raise RequestError(422, said, field=field, row=row) from error
     except RecursionError as error:
         raise RequestError(400, "expected JSON, found nesting that is too deep") from error
     except ValueError as error:  # malformed JSON, broken UTF-8, integers of thousands of digits
@@ -99,11 +129,10 @@ class Question(msgspec.Struct, frozen=True):
 # %% ../../nbs/serving/05_requests.ipynb #33947e09
 def decode_predict(body: bytes, maximum_rows: int) -> Question:
     """The rows of a /predict body; RequestError 400 (no JSON), 413 (too many rows) or 422 (another form)."""
-    decoded: PredictBody = decode_body(_predict_decoder, body)
+    decoded: PredictBody = decode_body(_predict_decoder, body, PREDICT_FORM)
     if (decoded.row is msgspec.UNSET) == (decoded.rows is msgspec.UNSET):
-        raise RequestError(
-            422, 'expected either "row": {...} or "rows": [{...}, ...]', field="rows"
-        )
+        both = "both" if decoded.row is not msgspec.UNSET else "neither"
+        raise RequestError(422, f"expected {PREDICT_FORM}, found {both}", field="rows")
     if isinstance(decoded.row, dict):
         if decoded.ids is not msgspec.UNSET:
             raise RequestError(422, 'expected "id" beside "row", found "ids"', field="ids")
@@ -139,7 +168,7 @@ def check_rows(
 # %% ../../nbs/serving/05_requests.ipynb #ffbf181b
 def decode_feedback(body: bytes, classes: Sequence[str], maximum_items: int) -> list[FeedbackItem]:
     """The items of a /feedback body; RequestError 400, 413 or 422 with the item's number as the row."""
-    decoded: FeedbackBody = decode_body(_feedback_decoder, body)
+    decoded: FeedbackBody = decode_body(_feedback_decoder, body, FEEDBACK_FORM)
     if len(decoded.feedback) > maximum_items:
         raise RequestError(
             413, f"expected at most {maximum_items} items, found {len(decoded.feedback)}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import gc
 import logging
 import signal
@@ -24,16 +25,18 @@ import uvicorn
 from ..core.bundle import read_manifest
 from ..core.errors import ServingError, UsageError, WorkbenchError, shorten
 from ..core.files import write_atomic
+from ..core.identity import make_identity
 from ..core.pointer import Pointer, SlotEntry, write_pointer
 from ..core.secrets import resolve_secret
 from ..core.settings import ServingSettings
 from ..core.workspace import Workspace
-from .app import create_app
+from .address import local_host, look_at
+from .app import WorkspaceName, create_app
 from .http import is_loopback
 
 # %% auto #0
-__all__ = ['MINIMUM_TOKEN', 'LISTENING_HANDLES', 'check_exposure', 'bind', 'ServingPlan', 'plan_workspace', 'plan_bundle',
-           'listening_handles', 'AnnouncedServer', 'ending_quietly', 'serve', 'parse_arguments', 'main']
+__all__ = ['MINIMUM_TOKEN', 'LISTENING_HANDLES', 'check_exposure', 'bind', 'taken_words', 'ServingPlan', 'plan_workspace',
+           'plan_bundle', 'listening_handles', 'AnnouncedServer', 'ending_quietly', 'serve', 'parse_arguments', 'main']
 
 # %% ../../nbs/serving/09_server.ipynb #d2f17105
 MINIMUM_TOKEN = 16  # characters
@@ -52,16 +55,37 @@ def check_exposure(host: str, token: str | None) -> None:
             "found none; set it to secret://NAME, or serve on 127.0.0.1"
         )
 
-# %% ../../nbs/serving/09_server.ipynb #4a9112f7
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; ServingError when the address cannot be had."""
+# %% ../../nbs/serving/09_server.ipynb #75210b8b
+def bind(
+    host: str,
+    port: int,
+    identity: str = "",  # of the workspace that is to be served
+) -> socket.socket:
+    """A listening socket; ServingError when the address cannot be had, with who has it."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ServingError(taken_words(host, port, identity)) from error
         raise ServingError(
             f"expected to listen on {host}:{port}, found: {error}; choose another serving.port, or 0 for any"
         ) from error
+
+# %% ../../nbs/serving/09_server.ipynb #6e2b287a
+def taken_words(host: str, port: int, identity: str) -> str:
+    """Who has a port that cannot be had, and how to serve all the same."""
+    found = look_at(local_host(host), port, identity)
+    who = {
+        "none": "another program has it",
+        "ours": "the server of this workspace answers there already",
+        "another": f"another workspace's server{f' ({found.name})' if found.name else ''} answers there",
+        "unknown": f"{found.reason} there",
+    }[found.kind]
+    return (
+        f"expected port {port} to be free, found it taken: {who}; stop it, or choose another port, "
+        f"for instance: mwb serve --port {port + 1 if port < 65535 else 0}"
+    )
 
 # %% ../../nbs/serving/09_server.ipynb #4768c670
 @dataclass(frozen=True)
@@ -73,6 +97,7 @@ class ServingPlan:
     settings: ServingSettings
     token: str | None
     port_file: Path | None = None  # where the port is told while the server runs
+    workspace: WorkspaceName | None = None  # None: a bundle alone
 
 # %% ../../nbs/serving/09_server.ipynb #16a7ef0f
 def plan_workspace(root: Path) -> ServingPlan:
@@ -88,6 +113,7 @@ def plan_workspace(root: Path) -> ServingPlan:
         settings,
         token,
         port_file=workspace.state / "serving.port",
+        workspace=WorkspaceName(make_identity(workspace.state), workspace.name),
     )
 
 # %% ../../nbs/serving/09_server.ipynb #be9081e1
@@ -152,6 +178,7 @@ def ending_quietly(server: uvicorn.Server) -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         if not server.started:
+            server.should_exit = True  # in case Python drops the exit, see core.interrupts
             raise SystemExit(0)
 
     previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -165,12 +192,13 @@ def ending_quietly(server: uvicorn.Server) -> Iterator[None]:
 def serve(plan: ServingPlan, host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT; UsageError or ServingError when it cannot start."""
     check_exposure(host, plan.token)
-    listener = bind(host, port)
+    listener = bind(host, port, plan.workspace.id if plan.workspace is not None else "")
     app = create_app(
         pointer_path=plan.pointer_path,
         predictions=plan.predictions,
         settings=plan.settings,
         token=plan.token,
+        workspace=plan.workspace,
     )
     config = uvicorn.Config(
         app,
