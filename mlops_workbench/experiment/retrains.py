@@ -23,12 +23,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..core.copies import original_key
 from ..core.errors import DataError
 from ..core.files import digest_of, write_atomic
 from .plan import Precision, pick_device, read_plan
 from .recorder import Recorder
 from .training import Job, StepRecorder, move_rows, predict, run_epochs
-from ..recipes.protocol import Arrays, Recipe, Scalar, encode, original_key
+from ..recipes.protocol import Arrays, Recipe, Scalar, encode
 
 # %% ../../nbs/experiment/20_retrains.ipynb #a2fc8652
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from ..core.workspace import Workspace
 from ..data.quarantine import hold_rows, split_batch
 from ..data.validation import ValidationReport, validate_batch
 from ..monitoring.prediction_store import read_window
-from .outcome import Outcome, decided_by, write_output
+from .outcome import Outcome, decided_by, standing_version, write_output
 from .stage import Stage
 from ..recipes.protocol import Recipe, label_numbers
-from ..release.deployment import data_slot, set_default_data
+from ..release.deployment import set_default_data
 
 # %% auto #0
 __all__ = ['read_batch', 'named_labels', 'read_file', 'check_whole', 'labelled_requests', 'accepted_rows', 'join_batch',
@@ -107,7 +107,7 @@ def labelled_requests(
 # %% ../../nbs/pipeline/31_prepare.ipynb #e78b6f6a
 def accepted_rows(stage: Stage) -> pd.DataFrame | None:
     """Return the rows of the data set's default version, or None when there is no version yet."""
-    ref = stage.slot(data_slot(stage.recipe.dataset))
+    ref = standing_version(stage)
     return None if ref is None else stage.data.load(ref)
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #506e43d9
@@ -186,7 +186,7 @@ def snapshot_batch(
         message=message,
         force=force,
         validate=lambda *_: report,
-        parent=stage.slot(data_slot(stage.recipe.dataset)),
+        parent=standing_version(stage),
     )
     stage.data_version = version.ref
     forced = "forced although the checks refuse it" if refused else "accepted"

@@ -16,13 +16,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..core.copies import original_key
 from ..core.errors import DataError
 from ..core.features import Feature, FeatureSchema
 from .metrics import classification_metrics
 from mlops_workbench.recipes.protocol import (
     Arrays,
     Scalar,
-    original_key,
     select_rows,
     split_by_hash,
 )
