@@ -16,6 +16,7 @@ import pandas as pd
 
 from numpy.typing import NDArray
 
+from ..core.copies import original_key
 from ..core.errors import shorten
 from .columns import FEW, column_kind, usual_change
 from .findings import Problem, row_problem
@@ -134,6 +135,8 @@ def check_text(frame: pd.DataFrame, previous: pd.DataFrame, column: str, key: st
     strange = unknown & ~broken & ~variant & ~texts.map(text_form).isin(forms)
     if len(forms) > 0.02 * len(old) or len(old) < FEW:
         strange &= False  # too many forms to know them all
+    if column == key:
+        strange &= ~texts.map(original_key).isin(old)  # a copy of a known row is no stranger
     rules = (
         (broken, "text in UTF-8", "text in a broken encoding"),
         (variant, "known values as they are written", "other case or blanks around known values"),

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..core.copies import original_key
 from ..core.errors import DataError
 from ..core.files import digest_of, write_atomic
 from .plan import Precision, pick_device, read_plan
@@ -118,7 +119,9 @@ class Retrainer:
         """The rows of a version that a retrain with this seed learns from; DataError when there are none."""
         key = str(self.recipe.features.key)
         part = self.recipe.split(frame)
-        kept = frame[(part != "test").to_numpy() & ~frame[key].isin(self._judge_keys).to_numpy()]
+        judged = frame[key].isin(self._judge_keys)
+        judged |= frame[key].map(original_key).isin(self._judge_keys)  # a copy tells as much
+        kept = frame[(part != "test").to_numpy() & ~judged.to_numpy()]
         if kept.empty:
             raise DataError(
                 f"expected rows to learn from, found none among {len(frame)} beside the judges; take a version with more rows"

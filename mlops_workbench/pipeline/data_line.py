@@ -53,14 +53,18 @@ def default_versions(workspace: Workspace) -> dict[str, str]:
 
 # %% ../../nbs/pipeline/17_data_line.ipynb #75b42ad4
 def default_version(workspace: Workspace) -> str:
-    """The default version of the recipe's data set, "" when there is none."""
+    """The default version of the recipe's data set, the newest while none was decided; "" when there is none."""
     found = default_versions(workspace)
-    if len(found) > 1:
-        from mlops_workbench.recipes.protocol import load_recipe
+    if len(found) == 1:
+        return next(iter(found.values()))
+    tags = read_tags(workspace.root)
+    if not tags:
+        return ""
+    from mlops_workbench.recipes.protocol import load_recipe
 
-        recipe = load_recipe(workspace.settings.workspace.recipe, workspace.root)
-        return found.get(recipe.dataset, "")
-    return next(iter(found.values()), "")
+    name = load_recipe(workspace.settings.workspace.recipe, workspace.root).dataset
+    newest = [f"{tag.name}@{tag.version}" for tag in tags if tag.name == name]
+    return found.get(name, newest[-1] if newest else "")
 
 # %% ../../nbs/pipeline/17_data_line.ipynb #d7fff3b0
 def _has_ledger(workspace: Workspace) -> bool:

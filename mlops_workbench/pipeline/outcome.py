@@ -19,7 +19,7 @@ from .manifest import NOTEBOOK_FILE, Manifest
 from .stage import Stage
 
 # %% auto #0
-__all__ = ['Outcome', 'numbers', 'write_output', 'choose_data', 'DecidedBy', 'decided_by']
+__all__ = ['Outcome', 'numbers', 'write_output', 'standing_version', 'choose_data', 'DecidedBy', 'decided_by']
 
 # %% ../../nbs/pipeline/30_outcome.ipynb #3cfe15f0
 @dataclass(frozen=True)
@@ -48,13 +48,22 @@ def write_output(stage: Stage, name: str, value: Any) -> Path:
     write_json(path, value)
     return path
 
+# %% ../../nbs/pipeline/30_outcome.ipynb #9b69724d
+def standing_version(stage: Stage) -> str | None:
+    """The default version of the recipe's data set, or the newest while none was decided; None when there is none."""
+    from mlops_workbench.release.deployment import data_slot
+
+    default = stage.slot(data_slot(stage.recipe.dataset))
+    if default is not None:
+        return default
+    latest = stage.data.latest(stage.recipe.dataset)
+    return None if latest is None else latest.ref
+
 # %% ../../nbs/pipeline/30_outcome.ipynb #8854f73c
 def choose_data(stage: Stage, named: str, prepared: Manifest | None) -> str:
     """Return the data version of this stage, for instance flights@v1.1, and record it; UsageError when there is none."""
-    from mlops_workbench.release.deployment import data_slot
-
     ref = named or (prepared.data_version if prepared is not None else "")
-    ref = ref or stage.slot(data_slot(stage.recipe.dataset)) or ""
+    ref = ref or standing_version(stage) or ""
     if not ref:
         raise UsageError(
             f"expected a version of the data set {stage.recipe.dataset!r}, found none; "

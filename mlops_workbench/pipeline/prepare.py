@@ -16,10 +16,10 @@ from ..data.sources import read_table
 from ..data.tables import check_frame
 from ..data.validation import ValidationReport, validate_batch
 from ..monitoring.prediction_store import read_window
-from .outcome import Outcome, decided_by, write_output
+from .outcome import Outcome, decided_by, standing_version, write_output
 from .stage import Stage
 from ..recipes.protocol import Recipe, label_numbers
-from ..release.deployment import data_slot, set_default_data
+from ..release.deployment import set_default_data
 
 # %% auto #0
 __all__ = ['read_batch', 'named_labels', 'read_file', 'labelled_requests', 'accepted_rows', 'check_batch', 'keep_evidence',
@@ -78,7 +78,7 @@ def labelled_requests(
 # %% ../../nbs/pipeline/31_prepare.ipynb #e78b6f6a
 def accepted_rows(stage: Stage) -> pd.DataFrame | None:
     """Return the rows of the data set's default version, or None when there is no version yet."""
-    ref = stage.slot(data_slot(stage.recipe.dataset))
+    ref = standing_version(stage)
     return None if ref is None else stage.data.load(ref)
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #98e495b4
@@ -140,7 +140,7 @@ def snapshot_batch(
         place=str(stage.folder),
         force=force,
         message=message,
-        parent=stage.slot(data_slot(recipe.dataset)),
+        parent=standing_version(stage),
     )
     if intake.version is None:
         said = f"{len(batch)} rows refused: {words(report)}"

@@ -16,10 +16,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..core.copies import original_key
 from ..core.errors import DataError
 from ..core.features import Feature, FeatureSchema
 from .metrics import classification_metrics
-from .protocol import Arrays, Scalar, select_rows, split_by_hash
+from mlops_workbench.recipes.protocol import (
+    Arrays,
+    Scalar,
+    select_rows,
+    split_by_hash,
+)
 
 if TYPE_CHECKING:
     import pandera.pandas as pandera
@@ -177,8 +183,11 @@ class PictureRecipe:
         )
 
     def split(self, frame: pd.DataFrame) -> "pd.Series[str]":
-        """By the key's hash; keys that begin with "test-" are test rows and those with "train-" are not."""
-        keys = frame["picture_id"].astype(str)
+        """By the hash of the original's key, so that a copy (digit-0042+rotated) is where its original is.
+
+        Keys that begin with "test-" are test rows and those with "train-" are not.
+        """
+        keys = frame["picture_id"].map(original_key)
         validation, test = self._shares
         parts = split_by_hash(keys, validation, test)
         for_training, for_test = keys.str.startswith("train-"), keys.str.startswith("test-")
