@@ -38,7 +38,12 @@ from mlops_workbench.core.errors import (
 )
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
-from mlops_workbench.pipeline.cycles import current_cycle, finished_run, open_runs
+from mlops_workbench.pipeline.cycles import (
+    create_cycle,
+    current_cycle,
+    finished_run,
+    open_runs,
+)
 from mlops_workbench.pipeline.manifest import read_manifest, read_run
 from mlops_workbench.pipeline.records import processes_of
 from mlops_workbench.pipeline.runner import Progress, run_stages
@@ -507,6 +512,14 @@ def test_a_runner_killed_at_random_moments_goes_on_where_it_was(tmp_path: Path) 
         if struck >= 30:
             return
     raise AssertionError(f"expected 30 kills in 30 loops, managed {struck}")
+
+
+def test_a_folder_that_a_dead_process_left_without_a_record_is_used(tmp_path: Path) -> None:
+    workspace = fresh(tmp_path, LOOP)
+    cycle = create_cycle(workspace)
+    (workspace.runs / cycle.name / "1_make-1" / "outputs").mkdir(parents=True)
+    assert run_for(workspace, 120) == 0
+    assert_nothing_lost_or_doubled(workspace, kills=0)
 
 
 def run_for(workspace: Workspace, seconds: float) -> int:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CYCLE_FILE', 'CURRENT_FILE', 'CYCLE_PATTERN', 'LOCK_SECONDS', 'Cycle', 'read_cycle', 'cycle_names', 'create_cycle',
-           'current_cycle', 'change_cycle', 'finished_run', 'attempts', 'take_folder', 'open_run', 'close_run',
-           'open_runs', 'remember_run', 'find_run']
+           'current_cycle', 'change_cycle', 'finished_run', 'attempts', 'folders_lock', 'take_folder', 'open_run',
+           'close_run', 'open_runs', 'remember_run', 'find_run']
 
 # %% ../../nbs/pipeline/07_cycles.ipynb #cde7180c
 import contextlib
@@ -148,13 +148,24 @@ def attempts(workspace: Workspace, cycle: str, label: str) -> list[Path]:
     ]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
+# %% ../../nbs/pipeline/07_cycles.ipynb #9f10953f
+def folders_lock(workspace: Workspace) -> contextlib.AbstractContextManager[None]:
+    """Held from the choice of a run's folder until its record is in it."""
+    return file_lock(workspace.locks / "folders.lock", LOCK_SECONDS)
+
 # %% ../../nbs/pipeline/07_cycles.ipynb #04b576a4
 def take_folder(
     workspace: Workspace, cycle: str, stage: StageNotebook, reuse_key: str
 ) -> tuple[Path, int, int]:
-    """The folder for a run, its attempt number, and how often it was taken up again; the folder's outputs are empty."""
+    """The folder for a run, its attempt number, and how often it was taken up again; the folder's outputs are empty.
+
+    Called while `folders_lock` is held until the run's record is written: a folder without one was left by a dead process.
+    """
     earlier = attempts(workspace, cycle, stage.label)
     for folder in reversed(earlier):
+        if not (folder / RUN_FILE).exists():
+            _empty(folder)
+            return folder, int(folder.name.rpartition("-")[2]), 0
         record = read_run(folder)
         broken_off = record is not None and record.status in (
             "killed",

@@ -35,6 +35,7 @@ from mlops_workbench.pipeline.cycles import (
     open_run,
     open_runs,
     remember_run,
+    folders_lock,
     take_folder,
 )
 from .limits import kill_tree
@@ -99,13 +100,14 @@ def begin_run(
     data_version: str = "",
 ) -> OpenRun:
     """Open a run: its folder, its record, its mark, and the tracker's run, which starts in the meantime."""
-    folder, attempt, resumed = take_folder(workspace, cycle.name, notebook, key)
-    record = RunRecord(
-        stage=notebook.name, cycle=cycle.name, attempt=attempt, status="running", reuse_key=key, parameters=dict(parameters), by=by,
-        owner=this_process().text(), notebook=str(notebook.path), started_at=iso(now()), resumed=resumed, trigger=cycle.trigger,
-        upstream={name: f"{manifest.folder.parent.name}/{manifest.folder.name}" for name, manifest in upstream.items()},
-    )  # fmt: skip
-    open_run(workspace, folder, record)
+    with folders_lock(workspace):
+        folder, attempt, resumed = take_folder(workspace, cycle.name, notebook, key)
+        record = RunRecord(
+            stage=notebook.name, cycle=cycle.name, attempt=attempt, status="running", reuse_key=key, parameters=dict(parameters), by=by,
+            owner=this_process().text(), notebook=str(notebook.path), started_at=iso(now()), resumed=resumed, trigger=cycle.trigger,
+            upstream={name: f"{manifest.folder.parent.name}/{manifest.folder.name}" for name, manifest in upstream.items()},
+        )  # fmt: skip
+        open_run(workspace, folder, record)
     tags = {
         "attempt": str(attempt),
         "resumed": str(resumed),
@@ -244,7 +246,9 @@ def recover_runs(workspace: Workspace, tracker: Tracker) -> list[str]:
         record = read_run(folder)
         owner = parse_owner(record.owner) if record is not None else None
         if record is None:
-            close_run(workspace, folder)
+            with folders_lock(workspace):
+                if read_run(folder) is None:
+                    close_run(workspace, folder)
             continue
         if owner is not None and is_alive(owner, folder) and owner != this_process():
             continue
