@@ -5,83 +5,22 @@
 # %% ../../nbs/pages/10_data_views.ipynb #bf6e2ac5
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from ..data.diff import DataDiff
 from ..data.distribution import compare_distributions
 from ..data.records import DataVersion
+from ..data.thumbnails import brightness, picture_column, thumbnail
 from ..data.versions import DataStore
 from .read_models import Tables
 
 # %% auto #0
-__all__ = ['MOST_BYTES', 'BEGINNINGS', 'SHOWN_PICTURES', 'SHOWN_ROWS', 'pixels', 'thumbnail', 'picture_column', 'brightness',
-           'cell_text', 'sample', 'picture_rows', 'column_rows', 'diff_tables', 'problem_tables']
-
-# %% ../../nbs/pages/10_data_views.ipynb #de0b878a
-MOST_BYTES = 65_536
-BEGINNINGS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
-
-
-def pixels(cell: object) -> NDArray[np.generic] | None:
-    """Return the pixels [height, width] or [height, width, 3] of a cell; None when it is no picture."""
-    if not isinstance(cell, np.ndarray) or cell.dtype.kind not in "uif" or cell.size < 16:
-        return None
-    side = math.isqrt(cell.size)
-    if cell.ndim == 1 and side * side == cell.size:
-        return cell.reshape(side, side)
-    fits = cell.ndim == 2 or (cell.ndim == 3 and cell.shape[2] in (1, 3))
-    return cell if fits and min(cell.shape[:2]) >= 2 else None
-
-# %% ../../nbs/pages/10_data_views.ipynb #4c623545
-def thumbnail(
-    cell: object,
-    brightest: float,  # the value that is drawn white
-) -> str:
-    """Return a picture as a `data:` address; empty for anything else."""
-    if isinstance(cell, bytes):
-        kind = next((name for start, name in BEGINNINGS.items() if cell.startswith(start)), "")
-        content = cell if kind and len(cell) <= MOST_BYTES else b""
-    else:
-        kind, array = "png", pixels(cell)
-        content = b"" if array is None else _png(array, brightest)
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}" if content else ""
-
-
-def _png(array: NDArray[np.generic], brightest: float) -> bytes:
-    """A PNG of at most 128 pixels a side."""
-    from PIL import Image
-
-    scaled = np.clip(array.astype(np.float64) * (255 / max(brightest, 1e-9)), 0, 255)
-    picture = Image.fromarray(scaled.astype(np.uint8).squeeze())
-    picture.thumbnail((128, 128))
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
-    return stream.getvalue()
-
-# %% ../../nbs/pages/10_data_views.ipynb #06149a9b
-def picture_column(frame: pd.DataFrame) -> str:
-    """Return the name of the first column of pictures; empty when there is none."""
-    for name in frame.columns:
-        if frame[name].dtype == object and len(frame):
-            first = frame[name].iloc[0]
-            if (isinstance(first, bytes) and thumbnail(first, 1)) or pixels(first) is not None:
-                return str(name)
-    return ""
-
-
-def brightness(cells: pd.Series) -> float:
-    """Return the brightest value of some pictures."""
-    arrays = [cell for cell in cells.iloc[:200] if isinstance(cell, np.ndarray)]
-    return float(max((array.max(initial=0) for array in arrays), default=0)) or 255.0
+__all__ = ['SHOWN_PICTURES', 'SHOWN_ROWS', 'cell_text', 'sample', 'picture_rows', 'column_rows', 'diff_tables', 'problem_tables']
 
 # %% ../../nbs/pages/10_data_views.ipynb #a28d1685
 SHOWN_PICTURES, SHOWN_ROWS = 24, 10

@@ -16,7 +16,8 @@ from ..core.workspace import Workspace
 from ..data.quarantine import review_list, review_rows
 from ..data.records import DataVersion
 from ..data.versions import DataStore
-from .data_views import brightness, cell_text, picture_column, thumbnail
+from ..data.thumbnails import brightness, picture_column, thumbnail
+from .data_views import cell_text
 from .read_models import QUARANTINE, read_table, write_model
 
 # %% auto #0
