@@ -190,8 +190,7 @@ def run(
     parameters = from_file(chosen, read_parameter_file(file)) if file is not None else {}
     for stage, values in distribute(chosen, read_assignments(assignments), text=True).items():
         parameters[stage] = {**parameters.get(stage, {}), **values}
-    ctrl_c = signal.getsignal(signal.SIGINT) or signal.default_int_handler
-    signal.signal(signal.SIGTERM, ctrl_c)  # both end the work in order
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     live = sys.stdout.isatty() and not as_json
     shown: AbstractContextManager[Callable[[Progress], None] | None] = (
         LiveProgress() if live else nullcontext()

@@ -24,7 +24,6 @@ from typing import Any, cast
 
 from ..core.errors import StageError, WorkbenchError
 from ..core.files import write_atomic
-from ..core.interrupts import raises_interrupt
 from .contract import JsonValue, check_injected
 from .kernels import KERNEL_NAME
 from .limits import Limits, Watch, kill_tree
@@ -259,13 +258,16 @@ def _stopping_gently(session: Session) -> Iterator[None]:
     numbers: list[signal.Signals] = []
     if threading.current_thread() is threading.main_thread():
         both = (signal.SIGINT, signal.SIGTERM)
-        numbers = [number for number in both if raises_interrupt(number)]
-    before = {number: signal.signal(number, stop) for number in numbers}
+        numbers = [
+            number for number in both if signal.getsignal(number) is signal.default_int_handler
+        ]
+    for number in numbers:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in numbers:
+            signal.signal(number, signal.default_int_handler)
 
 # %% ../../nbs/pipeline/09_execution.ipynb #b09d317f
 def execute(
