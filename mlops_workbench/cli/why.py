@@ -20,9 +20,15 @@ from ..core.errors import UsageError, WorkbenchError
 from ..core.workspace import Workspace
 
 # %% auto #0
-__all__ = ['diagnosis_words', 'apply_remedy', 'why']
+__all__ = ['WITNESSES', 'diagnosis_words', 'apply_remedy', 'why']
 
-# %% ../../nbs/cli/27_why.ipynb #872d1b92
+# %% ../../nbs/cli/27_why.ipynb #67ac683d
+WITNESSES = (
+    "  ranked by belief (a model that never saw the row doubts its label), harm (learning from it makes the "
+    "held-out rows worse) and likeness (rows that look like it are surely wrong)"
+)
+
+
 def diagnosis_words(record: Mapping[str, Any], notebook: Path, most_keys: int = 10) -> str:
     """The diagnosis as lines of text."""
     lines = [f"verdict: {record['verdict']}", f"  {record['summary']}", ""]
@@ -33,19 +39,30 @@ def diagnosis_words(record: Mapping[str, Any], notebook: Path, most_keys: int = 
     lines += [format_table(findings, 160), ""]
     data = record["data"]
     if data and data["guilty_version"]:
-        effect = data["effect"]
+        effect, shown = data["effect"], data["effect_verdict"] != "not worse"
+        which = "first bad version" if shown else "version to look at"
+        before = "last good" if shown else "before it"
         lines += [
-            f"first bad version: {data['guilty_version']} (last good: {data['last_good_version']}), found by {data['found_by']}",
+            f"{which}: {data['guilty_version']} ({before}: {data['last_good_version']})",
+            f"found by {data['found_by']}",
             f"change: {data['guilty_change']}",
             f"effect: loss {effect['difference']:+.3f} (95 % from {effect['low']:+.3f} to {effect['high']:+.3f}), "
             f"accuracy {effect['accuracy_before']:.1%} -> {effect['accuracy_after']:.1%}",
             f"judged by {data['judged_by']}; {data['retrains']} retrains (at most {data['retrain_limit']}), "
             f"{data['trained_now']} of them now, {data['seconds']:.0f} s",
         ]
-        keys = [str(key) for key in data["guilty_keys"]]
+        lines += [
+            f"validation had refused {count:,} rows of {ref}; they were forced in"
+            for ref, count in data["forced_rows"].items()
+        ]
+        lines += [data["limit_reached"]] if data["limit_reached"] else []
+        keys = [str(key) for key in data["guilty_keys" if shown else "suspicious_keys"]]
         if keys:
             more = f" and {len(keys) - most_keys:,} more" if len(keys) > most_keys else ""
-            lines += [f"rows, most suspicious first: {', '.join(keys[:most_keys])}{more}"]
+            lines += [
+                f"rows, most suspicious first: {', '.join(keys[:most_keys])}{more}",
+                WITNESSES,
+            ]
         lines.append("")
     remedy = record["remedy"]
     if remedy["command"]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ERROR', 'LEAST_EFFECT', 'FIRST_REPEATS', 'MOST_REPEATS', 'STEP_ERROR', 'MOST_STEP_REPEATS', 'Effect',
            'measure_effect', 'Comparison', 'compare_sides', 'upper_deviation', 'is_on_bad_side', 'first_bad',
-           'retrain_limit']
+           'retrain_limit', 'most_end_repeats']
 
 # %% ../../nbs/experiment/21_sequential.ipynb #dece20e7
 import math
@@ -101,6 +101,7 @@ class Comparison:
     effect: Effect
     good: tuple[Retrain, ...]
     bad: tuple[Retrain, ...]
+    decided: bool = True  # False when the repeats ran out before the rule could say either
 
     @property
     def is_worse(self) -> bool:
@@ -124,14 +125,16 @@ def compare_sides(
         if number + 1 < FIRST_REPEATS:
             continue
         effect = measure_effect(*sides)
-        level = error / 2 ** (number + 2 - FIRST_REPEATS)
+        look = number + 1 - FIRST_REPEATS
+        level = error / 2 ** (look if number + 1 == most_repeats else look + 1)
         found = effect.p_value <= level
-        if found or effect.high < least_effect or _is_hopeless(effect, least_effect):
+        decided = found or effect.high < least_effect or _is_hopeless(effect, least_effect)
+        if decided:
             break
     word = "not worse"
     if found:
         word = "worse" if effect.difference >= least_effect else "slightly worse"
-    return Comparison(word, effect, tuple(sides[0]), tuple(sides[1]))
+    return Comparison(word, effect, tuple(sides[0]), tuple(sides[1]), decided)
 
 # %% ../../nbs/experiment/21_sequential.ipynb #4949fde7
 def _is_hopeless(effect: Effect, least_effect: float) -> bool:
@@ -154,8 +157,8 @@ def is_on_bad_side(
     effect: Effect,
     error: float = STEP_ERROR,
     most_repeats: int = MOST_STEP_REPEATS,  # after which the likelier side is taken
-) -> tuple[bool, list[Retrain]]:
-    """Whether a version's loss is that of the bad end, and the retrains that it took."""
+) -> tuple[bool, bool, list[Retrain]]:
+    """Whether a version's loss is that of the bad end, whether the allowed error holds for that, and the retrains."""
     gap = effect.loss_after - effect.loss_before
     middle = (effect.loss_after + effect.loss_before) / 2
     variance = max(upper_deviation(effect), 1e-6) ** 2
@@ -165,7 +168,7 @@ def is_on_bad_side(
         said += (runs[-1].loss - middle) * gap / variance
         if abs(said) >= limit:
             break
-    return said > 0, runs
+    return said > 0, abs(said) >= limit, runs
 
 # %% ../../nbs/experiment/21_sequential.ipynb #9ba85cbc
 def first_bad(count: int, is_bad: Callable[[int], bool]) -> int:
@@ -181,3 +184,9 @@ def retrain_limit(versions: int, change_sets: int) -> int:
     """The number of retrains that an inquiry should do with: 2 log2(versions) + 2 log2(change-sets) + 4."""
     steps = math.log2(max(versions, 1)) + math.log2(max(change_sets, 1))
     return math.floor(2 * steps) + 4
+
+# %% ../../nbs/experiment/21_sequential.ipynb #083d5a78
+def most_end_repeats(versions: int) -> int:
+    """How often each end may be trained so that the whole inquiry keeps its limit, whatever it finds."""
+    to_come = math.ceil(math.log2(max(versions, 1)))
+    return max(FIRST_REPEATS, min(MOST_REPEATS, (retrain_limit(versions, 1) - to_come) // 2))

@@ -10,6 +10,7 @@ import time
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,24 @@ from mlops_workbench.experiment.sequential import (
     compare_sides,
     first_bad,
     is_on_bad_side,
+    most_end_repeats,
     retrain_limit,
 )
 from ..experiment.witnesses import Belief, ask_old_models, mean_logits, rank_rows
 from ..recipes.protocol import Recipe, Scalar, encode
 
 # %% auto #0
-__all__ = ['MOST_JUDGES', 'SMALL_ACCURACY', 'Step', 'Culprit', 'choose_judges', 'Inquiry', 'changed_rows', 'most_suspicious',
-           'find_culprit']
+__all__ = ['MOST_JUDGES', 'SMALL_ACCURACY', 'FOUND_BY', 'Step', 'Culprit', 'choose_judges', 'Inquiry', 'changed_rows',
+           'most_suspicious', 'forced_rows', 'largest_forced', 'find_culprit']
 
 # %% ../../nbs/pipeline/50_culprit.ipynb #a67ff1ea
 MOST_JUDGES = 2000
 SMALL_ACCURACY = 0.03  # a loss of accuracy below this is called small
+FOUND_BY = {
+    "retraining": "retraining: models that learned from it are measurably worse",
+    "belief": "belief: a model that never saw these rows doubts their labels",
+    "force": "validation: it had refused these rows, they were forced in",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Step:
     accuracy: float
     repeats: int
     is_bad: bool
+    decided: bool = True  # False: the retrains ran out first and the likelier side was taken
 
 # %% ../../nbs/pipeline/50_culprit.ipynb #3f15e77a
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Culprit:
     change: ChangeSet | None
     rows: pd.DataFrame | None  # ranked, as `rank_rows` gives them
     belief: Belief | None
-    found_by: str  # "retraining", "belief" or ""
+    found_by: str  # "retraining", "belief", "force" or ""
     judges: int
     retrains: int  # different trainings that were asked for
     trained: int  # of these, made now
@@ -74,12 +82,45 @@ class Culprit:
     mended: tuple[float, float] | None = None  # loss and accuracy without the guilty rows
     examples: pd.DataFrame | None = None  # the most suspicious rows as they stand in the version
     reference: str = ""  # the version that the judges were taken from
+    forced: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # version -> keys
 
     @property
     def is_small(self) -> bool:
         """True when the accuracy hardly moved."""
         effect = self.comparison.effect
         return effect.accuracy_before - effect.accuracy_after < SMALL_ACCURACY
+
+    @property
+    def is_shown(self) -> bool:
+        """True when the newer end is worse beyond what chance does."""
+        return self.comparison.verdict != "not worse"
+
+    @property
+    def cap_words(self) -> str:
+        """What the retrain limit left open, in words; "" when every question was decided."""
+        if not self.is_shown:
+            open_end = f"; the limit of {self.limit} retrains was reached before the rule could decide: a rise of the loss up to "
+            return (
+                ""
+                if self.comparison.decided
+                else f"{open_end}{self.comparison.effect.high:+.3f} is not excluded"
+            )
+        titles = [step.title for step in self.steps if not step.decided]
+        if not titles:
+            return ""
+        return (
+            f"; the limit of {self.limit} retrains was reached before the rule could decide on {', '.join(titles)}: "
+            "the likelier side was taken, the stated error of 1 % a question is not guaranteed"
+        )
+
+    @property
+    def suspicious_keys(self) -> list[Any]:
+        """The keys to look at: rows with doubtful labels, then all that were forced in, both most suspicious first."""
+        ranked = [] if self.rows is None else self.rows["key"].tolist()
+        forced = [key for keys in self.forced.values() for key in keys]
+        wanted = set(forced)
+        first = [*self.guilty_keys, *(key for key in ranked if key in wanted), *forced]
+        return list(dict.fromkeys(first))
 
     @property
     def guilty_keys(self) -> list[Any]:
@@ -126,6 +167,7 @@ class Inquiry:
         return compare_sides(
             lambda seed: self.train(self.line[0], self.rows(self.line[0]), seed),
             lambda seed: self.train(self.line[-1], self.rows(self.line[-1]), seed),
+            most_repeats=most_end_repeats(len(self.line) - 1),
         )
 
     def train(self, title: str, frame: pd.DataFrame, seed: int) -> Retrain:
@@ -147,12 +189,12 @@ class Inquiry:
         made = sum(step.search == search for step in self.steps)
         to_come = math.ceil(math.log2(count)) - made - 1
         repeats = self.allowed_repeats(count if search == "changes" else 1, max(to_come, 0))
-        is_bad, runs = is_on_bad_side(
+        is_bad, decided, runs = is_on_bad_side(
             lambda seed: self.train(title, frame, seed), comparison.effect, most_repeats=repeats
         )
         loss = float(np.mean([run.loss for run in runs]))
         accuracy = float(np.mean([run.accuracy for run in runs]))
-        self.steps.append(Step(search, title, loss, accuracy, len(runs), is_bad))
+        self.steps.append(Step(search, title, loss, accuracy, len(runs), is_bad, decided))
         return is_bad
 
     def bad_version(self, comparison: Comparison) -> int:
@@ -200,6 +242,32 @@ def most_suspicious(
                 found.append((belief.excess * len(rows), place, changes, change, belief))
     return max(found, key=lambda one: one[0])[1:] if found else None
 
+# %% ../../nbs/pipeline/50_culprit.ipynb #eb768540
+def forced_rows(inquiry: Inquiry) -> dict[str, tuple[Any, ...]]:
+    """The keys that forced versions on the line added or changed and the last version still has, by version."""
+    found: dict[str, tuple[Any, ...]] = {}
+    key = str(inquiry.recipe.features.key)
+    for before, after in pairwise(inquiry.line):
+        if inquiry.store.resolve(after).forced:
+            left = set(inquiry.rows(inquiry.line[-1])[key])
+            touched = [
+                k for one in read_changes(inquiry.store, before, after).sets for k in one.keys
+            ]
+            found[after] = tuple(k for k in dict.fromkeys(touched) if k in left)
+    return found
+
+
+def largest_forced(
+    inquiry: Inquiry, forced: Mapping[str, tuple[Any, ...]]
+) -> tuple[int, Changes, ChangeSet] | None:
+    """The forced change that touched most rows: (place of its version, changes, change), or None."""
+    found = []
+    for ref in forced:
+        place = inquiry.line.index(ref)
+        changes = read_changes(inquiry.store, inquiry.line[place - 1], ref)
+        found += [(place, changes, change) for change in changes.sets]
+    return max(found, key=lambda one: len(one[2].keys)) if found else None
+
 # %% ../../nbs/pipeline/50_culprit.ipynb #1ae9946b
 def find_culprit(
     store: DataStore,
@@ -222,7 +290,7 @@ def find_culprit(
     retrainer = Retrainer(recipe, judges, folder, parameters, budget or Budget())
     retrainer.rows = len(retrainer.training_rows(first, 0))
     inquiry = Inquiry(store, recipe, line, retrainer, say, frames={line[0]: first})
-    comparison = inquiry.compare()
+    comparison, forced = inquiry.compare(), forced_rows(inquiry)
     place, changes, change, belief, found_by = 0, None, None, None, ""
     if comparison.verdict != "not worse":
         place, found_by = inquiry.bad_version(comparison), "retraining"
@@ -230,8 +298,11 @@ def find_culprit(
         change = inquiry.bad_change(changes, comparison)
     else:
         suspicion = most_suspicious(inquiry, comparison)
+        refused = largest_forced(inquiry, forced)
         if suspicion is not None:
             (place, changes, change, belief), found_by = suspicion, "belief"
+        elif refused is not None:
+            (place, changes, change), found_by = refused, "force"
     rows = examples = mended = None
     if changes is not None and change is not None:
         belief, rows, examples = _name_rows(inquiry, comparison, changes, change, belief)
@@ -257,6 +328,7 @@ def find_culprit(
         mended=mended,
         examples=examples,
         reference=line[0],
+        forced=forced,
     )
 
 # %% ../../nbs/pipeline/50_culprit.ipynb #4196ab72

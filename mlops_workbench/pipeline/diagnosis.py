@@ -20,7 +20,7 @@ from ..core.workspace import Workspace
 from ..data.versions import DataStore
 from ..experiment.retrains import Budget, Retrainer
 from ..experiment.sequential import Comparison, compare_sides
-from .culprit import Culprit, choose_judges, find_culprit
+from .culprit import FOUND_BY, Culprit, choose_judges, find_culprit
 from .fall import Fall, Side, read_fall
 from .outcome import Outcome, decided_by, numbers, write_output
 from .stage import Stage
@@ -72,8 +72,15 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """One word or two for the record: the likeliest suspect, or "nobody"."""
-        return self.guilty[0] if self.guilty else "nobody"
+        """For the record: the likeliest suspect, "not shown" (rows to look at, but no fall by them) or "nobody"."""
+        if self.guilty:
+            return self.guilty[0]
+        return "not shown" if self._not_shown else "nobody"
+
+    @property
+    def _not_shown(self) -> Finding | None:
+        """The finding about data that deserve a look without a measured fall."""
+        return next((item for item in self.findings if item.verdict == "not shown"), None)
 
     def finding(self, suspect: str) -> Finding:
         """What is known about one suspect."""
@@ -82,6 +89,8 @@ class Diagnosis:
     @property
     def summary(self) -> str:
         """The verdict in one sentence."""
+        if not self.guilty and self._not_shown is not None:
+            return f"not shown that the data made the model worse: {self._not_shown.text}"
         if not self.guilty:
             return "nobody is accused: no suspect explains a fall beyond what chance does"
         first = self.finding(self.guilty[0])
@@ -180,25 +189,39 @@ def _try_parameters(
 
     return compare_sides(lambda seed: train(fall.good, seed), lambda seed: train(fall.bad, seed))
 
-# %% ../../nbs/pipeline/54_diagnosis.ipynb #1c57f446
+# %% ../../nbs/pipeline/54_diagnosis.ipynb #1eecfa62
+def _drop_command(culprit: Culprit, as_in: str, keys_file: str, why: str) -> str:
+    """The command that takes the rows of a file out of the newest version."""
+    parts = ["mwb", "data", "drop", culprit.line[-1], "--keys-from", keys_file]
+    return shlex.join([*parts, "--as-in", as_in, "-m", why])
+
+
 def choose_remedy(
     diagnosis: Diagnosis,
-    keys_file: str = "",  # where the guilty keys were written
+    keys_file: str = "",  # where the guilty (verdict "not shown": the suspicious) keys were written
 ) -> Remedy:
     """What to do about the likeliest suspect."""
     fall, culprit = diagnosis.fall, diagnosis.culprit
     if diagnosis.verdict == "data" and culprit is not None and culprit.change is not None:
         if culprit.guilty_keys and keys_file:
             why = f"{len(culprit.guilty_keys)} wrong rows of {culprit.version} ({culprit.change.name})"
-            parts = ["mwb", "data", "drop", culprit.line[-1], "--keys-from", keys_file]
-            parts += ["--as-in", culprit.parent, "-m", why]
             return Remedy(
-                shlex.join(parts),
+                _drop_command(culprit, culprit.parent, keys_file, why),
                 "a new version without the guilty rows; then `mwb run train evaluate`",
             )
         return Remedy(
             shlex.join(["mwb", "data", "rollback", culprit.parent]),
             f"back to the last version before {culprit.change.title}",
+        )
+    if diagnosis.verdict == "not shown" and culprit is not None and keys_file:
+        refused = sum(len(keys) for keys in culprit.forced.values())
+        kind = f"{refused:,} forced and" if refused else f"{len(culprit.suspicious_keys):,}"
+        return Remedy(
+            _drop_command(
+                culprit, culprit.line[0], keys_file, f"{kind} suspicious rows, without a shown fall"
+            ),
+            f"no fall is shown, so nothing needs to be rolled back. Look at the rows in {keys_file}, most suspicious first, "
+            "and delete the keys that are right; this command then makes a new version without the others",
         )
     if diagnosis.verdict in ("traffic", "labels' meaning") and fall.window is not None:
         since, until = (f"{moment:.0f}" for moment in fall.window)
@@ -226,7 +249,7 @@ def culprit_record(culprit: Culprit) -> dict[str, Any]:
         "versions": list(culprit.line),
         "guilty_version": culprit.version,
         "last_good_version": culprit.parent,
-        "found_by": culprit.found_by,
+        "found_by": FOUND_BY.get(culprit.found_by, ""),
         "judged_by": f"{culprit.judges} held-out rows of {culprit.reference}",
         "change_sets": [change.title for change in culprit.changes],
         "guilty_change": culprit.change.title if culprit.change else "",
@@ -235,6 +258,8 @@ def culprit_record(culprit: Culprit) -> dict[str, Any]:
         "effect_is_small": culprit.is_small,
         "estimated_wrong_share": culprit.belief.share if culprit.belief else None,
         "guilty_keys": [_plain(key) for key in culprit.guilty_keys],
+        "suspicious_keys": [_plain(key) for key in culprit.suspicious_keys],
+        "forced_rows": {ref: len(keys) for ref, keys in culprit.forced.items()},
         "rows": [] if rows is None else [
             {name: _plain(value) for name, value in row.items()} for row in rows.head(100).to_dict("records")
         ],
@@ -242,6 +267,7 @@ def culprit_record(culprit: Culprit) -> dict[str, Any]:
         "retrains": culprit.retrains,
         "trained_now": culprit.trained,
         "retrain_limit": culprit.limit,
+        "limit_reached": culprit.cap_words.removeprefix("; "),
         "seconds": culprit.seconds,
         "without_guilty_rows": list(culprit.mended) if culprit.mended else None,
     }  # fmt: skip
@@ -293,10 +319,11 @@ def record_diagnosis(stage: Stage, diagnosis: Diagnosis) -> tuple[Outcome, Remed
     outputs: dict[str, Path] = {}
     culprit = diagnosis.culprit
     keys_file = ""
-    if culprit is not None and culprit.guilty_keys:
-        keys = [_plain(key) for key in culprit.guilty_keys]
-        outputs["guilty_keys.json"] = write_output(stage, "guilty_keys.json", keys)
-        place = outputs["guilty_keys.json"]
+    shown = culprit is not None and culprit.is_shown
+    name = "guilty_keys.json" if shown else "suspicious_keys.json"
+    named = [] if culprit is None else culprit.guilty_keys if shown else culprit.suspicious_keys
+    if named:
+        place = outputs[name] = write_output(stage, name, [_plain(key) for key in named])
         root = stage.workspace.root
         keys_file = str(place.relative_to(root) if place.is_relative_to(root) else place)
     remedy = choose_remedy(diagnosis, keys_file)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..core.features import FeatureSchema
 from ..monitoring.figures import shapes_figure
-from .culprit import Culprit
+from .culprit import FOUND_BY, Culprit
 from .figures import BLUE, GREY, ORANGE, new_figure
 from .suspects import Traffic
 
@@ -208,16 +208,19 @@ def search_words(culprit: Culprit) -> str:
     )
     if culprit.version and culprit.change is not None:
         lines.append(
-            f"first bad version: {culprit.version}; change: {culprit.change.title}; found by {culprit.found_by}"
+            f"{'first bad version' if culprit.is_shown else 'version to look at'}: {culprit.version}; "
+            f"change: {culprit.change.title}; found by {FOUND_BY[culprit.found_by]}"
         )
         others = [change.title for change in culprit.changes if change is not culprit.change]
         lines.append(
-            f"acquitted changes of that version: {'; '.join(others) or 'it has only this one'}"
+            f"other changes of that version: {'; '.join(others) or 'it has only this one'}"
         )
+    for ref, keys in culprit.forced.items():
+        lines.append(f"validation had refused {len(keys):,} rows of {ref}; they were forced in")
     if culprit.belief is not None:
         lines.append(
             f"labels of the change that look wrong: {culprit.belief.share:.0%} (the judges' own: {culprit.belief.usual.share:.0%}); "
-            f"rows named: {len(culprit.guilty_keys):,}"
+            f"rows named: {len(culprit.guilty_keys if culprit.is_shown else culprit.suspicious_keys):,}"
         )
     if culprit.is_small and culprit.version:
         lines.append("the effect on the accuracy is small; the rows are named all the same")
@@ -228,4 +231,4 @@ def search_words(culprit: Culprit) -> str:
     lines.append(
         f"cost: {culprit.retrains} retrains (at most {culprit.limit}), {culprit.trained} of them made now, {culprit.seconds:.0f} s"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, culprit.cap_words.removeprefix("; ")]).rstrip()

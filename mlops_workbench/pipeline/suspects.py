@@ -39,8 +39,8 @@ __all__ = ['VERDICTS', 'NO_CODE', 'CODE_WORDS', 'MOST_ERRORS', 'SLOWER', 'MISSIN
            'judge_service', 'judge_traffic', 'judge_concept', 'traffic_frame', 'moved_numbers', 'gap_costs',
            'read_traffic']
 
-# %% ../../nbs/pipeline/53_suspects.ipynb #1c01bf72
-VERDICTS = ("guilty", "changed", "innocent", "not measured")
+# %% ../../nbs/pipeline/53_suspects.ipynb #5eb73c58
+VERDICTS = ("guilty", "not shown", "changed", "innocent", "possible", "not measured")
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,33 @@ def judge_data(fall: Fall, culprit: Culprit | None) -> Finding:
     }
     words = f"{culprit.line[0]} -> {culprit.line[-1]}: {effect.words()}"
     if not culprit.version or culprit.change is None:
-        return Finding("data", "innocent", f"{words}: within what chance does", numbers)
+        told = f"{words}: within what chance does{culprit.cap_words}"
+        return Finding("data", "innocent", told, numbers)
+    if not culprit.is_shown:
+        return Finding(
+            "data",
+            "not shown",
+            f"{words}: within what chance does{culprit.cap_words}{_to_look_at(culprit)}",
+            numbers,
+        )
     small = "; the effect on the accuracy is small" if culprit.is_small else ""
     named = f"; {len(culprit.guilty_keys):,} rows are named" if culprit.guilty_keys else ""
-    told = f"{words}{small}; first bad version {culprit.version}, {culprit.change.title}{named}"
+    told = f"{words}{small}; first bad version {culprit.version}, {culprit.change.title}{named}{culprit.cap_words}"
     return Finding("data", "guilty", told, numbers)
+
+
+def _to_look_at(culprit: Culprit) -> str:
+    """Which rows deserve a look although no fall is shown, in words."""
+    told = []
+    if culprit.belief is not None and culprit.belief.is_suspicious and culprit.change is not None:
+        share, usual = culprit.belief.share, culprit.belief.usual.share
+        told.append(
+            f"about {share:.0%} of the labels look wrong in {culprit.version}, {culprit.change.title} "
+            f"(held-out rows: {usual:.0%})"
+        )
+    for ref, keys in culprit.forced.items():
+        told.append(f"validation had refused {len(keys):,} rows of {ref}, they were forced in")
+    return "".join(f"; {part}" for part in told)
 
 
 def judge_seeds(fall: Fall, culprit: Culprit | None) -> Finding:
@@ -160,8 +182,15 @@ def judge_seeds(fall: Fall, culprit: Culprit | None) -> Finding:
         return Finding("seed noise", "not measured", "no retrain was needed")
     effect = culprit.comparison.effect
     numbers = {"deviation": effect.seed_deviation, "difference": effect.difference}
-    words = f"seeds alone move the loss by {effect.seed_deviation:.3f}; it moved by {effect.difference:+.3f}"
-    return Finding("seed noise", "innocent", words, numbers)
+    usual = f"training the same rows with another seed moves the loss by about {effect.seed_deviation:.3f}"
+    moved = f"it moved by {effect.difference:+.3f}"
+    if culprit.is_shown:
+        return Finding(
+            "seed noise", "innocent", f"{usual}; {moved}, which is more than that", numbers
+        )
+    return Finding(
+        "seed noise", "possible", f"{usual}; {moved}: chance is enough to explain it", numbers
+    )
 
 # %% ../../nbs/pipeline/53_suspects.ipynb #f08b79fe
 MOST_ERRORS = 0.01  # share of requests
