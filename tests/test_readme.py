@@ -103,6 +103,20 @@ def test_the_commands_for_looking_around(clone: Path, demo: Path) -> None:
         assert run(command, clone).stdout.strip()
 
 
+@pytest.mark.timeout(600)
+def test_the_commands_of_the_time_machine(clone: Path, demo: Path) -> None:
+    """They are run in their order, after the others: the last one is a roll-back to the default, which changes nothing."""
+    machine = commands(blocks()[4])
+    assert len(machine) >= 6 and all(line.startswith("mwb") for line in machine)
+    said = {command: run(command, clone).stdout for command in machine}
+    used = next(text for command, text in said.items() if "used-by" in command)
+    assert "flights-r2" in used and "flights-r1" not in used
+    why = next(text for command, text in said.items() if command.startswith("mwb why"))
+    assert "not shown" in why and "validation had refused 2,000 rows of flights@v1.2" in why
+    listed = json.loads(run("mwb data list --json", demo).stdout)
+    assert [row["ref"] for row in listed if row["state"] == "default"] == ["flights@v1.1"]
+
+
 def test_make_test_is_the_gate_and_the_tests(clone: Path) -> None:
     assert commands(blocks()[1]) == ["make test"]
     plan = run("make --old-file=.venv/.installed --dry-run test", clone).stdout
