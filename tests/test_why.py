@@ -1,9 +1,11 @@
 """`mwb why` from end to end on planted faults: data, traffic, parameters; what it says and what its remedy does."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from monitoring_support import point_to, write_log
 from pipeline_support import mwb
@@ -16,8 +18,10 @@ from mlops_workbench.experiment.export import export_model
 from mlops_workbench.experiment.recorder import Recorder
 from mlops_workbench.experiment.training import fit
 from mlops_workbench.monitoring.profile import build_profile
+from mlops_workbench.pipeline.demo import turn_labels
 from mlops_workbench.pipeline.diagnosis import choose_remedy, diagnose
 from mlops_workbench.pipeline.fall import read_fall
+from mlops_workbench.pipeline.suspects import judge_data
 from mlops_workbench.recipes.flights import flights
 from mlops_workbench.recipes.pictures import digits
 from mlops_workbench.recipes.protocol import encode
@@ -198,6 +202,83 @@ def test_nothing_planted_accuses_nobody(tmp_path: Path) -> None:
     found = diagnose(planted.store.workspace, digits, good=planted.refs[0], bad=planted.refs[-1])
     assert found.verdict == "nobody", found.summary
     assert choose_remedy(found).command == ""
+    assert found.culprit is not None
+    assert found.culprit.retrains <= found.culprit.limit == 8
+    assert found.finding("seed noise").verdict == "possible"
+
+
+def test_forced_rows_are_named_although_no_fall_is_shown(tmp_path: Path) -> None:
+    """June with half of its labels turned, forced in: the accuracy holds, so nobody is blamed and nothing rolled back."""
+    store = DataStore(create_workspace(tmp_path / "w", name="flights", recipe="flights"))
+    names = {"key": "flight_id", "label": "late", "schema": flights.schema(), "features": [f.name for f in flights.features.features]}  # fmt: skip
+    april = flights.source("2013-04..2013-04").sample(1600, random_state=0)
+    before = pd.concat([flights.source("2013-01..2013-03"), april])
+    june, places = turn_labels(flights.source("2013-06..2013-06"), "late", rows=1000)
+    turned = set(june["flight_id"].iloc[places])
+    first = store.snapshot("flights", before, **names).ref
+    second = store.snapshot("flights", pd.concat([before, june]), force=True, **names).ref
+    done = mwb(store.workspace, "why", first, second, "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    effect = record["data"]["effect"]
+    assert effect["low"] < 0 < effect["high"]
+    assert record["verdict"] == "not shown", record["summary"]
+    assert record["guilty"] == []
+    assert f"validation had refused {len(june):,} rows of {second}" in record["summary"]
+    named = record["data"]["suspicious_keys"]
+    assert set(named) == set(june["flight_id"]) and len(named) == len(june)
+    assert len(set(named[:500]) & turned) >= 300, "turned labels are not ranked before right ones"
+    remedy = record["remedy"]
+    assert remedy["command"].startswith(f"mwb data drop {second} --keys-from")
+    assert "rollback" not in remedy["command"] and "no fall is shown" in remedy["reason"]
+    told = mwb(store.workspace, "why", first, second, "--apply-remedy")
+    assert told.returncode == 0, told.stderr
+    for words in (
+        "verdict: not shown",
+        f"version to look at: {second}",
+        "they were forced in",
+        "ranked by belief (a model",
+    ):
+        assert words in told.stdout
+    assert set(store.load("flights")["flight_id"]) == set(before["flight_id"])
+
+
+def test_random_noise_is_told_as_small_and_its_rows_are_named(tmp_path: Path) -> None:
+    """9 % wrong labels at random: the sentence says that the effect is small or not shown, the rows are there."""
+    planted = plant(tmp_path, seed=3, fault="noise")
+    found = diagnose(planted.store.workspace, digits, good=planted.refs[0], bad=planted.refs[-1])
+    assert found.culprit is not None and found.culprit.is_small
+    assert found.verdict == ("data" if found.culprit.is_shown else "not shown")
+    assert ("the effect on the accuracy is small" in found.summary) or (
+        found.verdict == "not shown"
+    )
+    precision, recall = score(found.culprit.suspicious_keys, planted.wrong)
+    assert precision >= 0.85 and recall >= 0.80, (precision, recall)
+    assert choose_remedy(found, "keys.json").command.startswith("mwb data drop")
+
+
+def test_several_batches_in_one_version_are_told_apart(tmp_path: Path) -> None:
+    """Four deliveries in one version, the third is wrong: each is a change of its own and halving finds it."""
+    store = DataStore(create_workspace(tmp_path / "w", name="digits", recipe="digits"))
+    rows = digits.source("0:1400").assign(batch="first")
+    parts = [rows[600 + 200 * n : 800 + 200 * n].assign(batch=f"batch {n}") for n in range(4)]
+    parts[2] = off_by_one(parts[2])
+    first = store.snapshot("digits", rows[:600], key="picture_id", label="label").ref
+    whole = pd.concat([rows[:600], *parts])
+    second = store.snapshot("digits", whole, key="picture_id", label="label").ref
+    found = diagnose(store.workspace, digits, good=first, bad=second).culprit
+    assert found is not None and found.change is not None
+    assert [change.name for change in found.changes] == [f"batch {n}" for n in range(4)]
+    assert found.change.name == "batch 2"
+    assert len([step for step in found.steps if step.search == "changes"]) == 2
+    assert found.retrains <= found.limit == 8
+    precision, recall = score(found.guilty_keys, set(parts[2]["picture_id"]))
+    assert precision >= 0.95 and recall >= 0.90, (precision, recall)
+    fall = read_fall(store.workspace, digits, good=first, bad=second)
+    capped = replace(found, steps=(replace(found.steps[0], decided=False), *found.steps[1:]))
+    open_ends = any(not step.decided for step in found.steps)
+    assert ("not guaranteed" in judge_data(fall, found).text) == open_ends
+    assert "the likelier side was taken" in judge_data(fall, capped).text
 
 
 def test_a_relabelled_block_is_taken_back_not_deleted(tmp_path: Path) -> None:
