@@ -15,7 +15,13 @@ __all__ = ['Record', 'COLOURS', 'SHAPES', 'verdict_html', 'effect_words', 'data_
 
 # %% ../../nbs/pages/16_diagnosis.ipynb #5801b6e8
 Record = Mapping[str, Any]
-COLOURS = {"guilty": "bad", "changed": "warn", "innocent": "good"}
+COLOURS = {
+    "guilty": "bad",
+    "not shown": "warn",
+    "changed": "warn",
+    "possible": "warn",
+    "innocent": "good",
+}
 SHAPES = {"bad": "\u25c6", "warn": "\u25b2", "good": "\u25cf", "none": "\u25cb"}
 
 
@@ -39,9 +45,12 @@ def data_html(data: Record) -> str:
     """Return what the search among the data versions found."""
     if not data.get("guilty_version"):
         return ""
+    shown = data.get("effect_verdict", "worse") != "not worse"
+    forced = ", ".join(f"{n:,} of {ref}" for ref, n in (data.get("forced_rows") or {}).items())
     facts = [
-        ("First bad version", data["guilty_version"]),
-        ("Last good version", data.get("last_good_version")),
+        ("First bad version" if shown else "Version to look at", data["guilty_version"]),
+        ("Last good version" if shown else "Version before it", data.get("last_good_version")),
+        ("Forced in, though refused", f"{forced} rows" if forced else ""),
         ("Change", data.get("guilty_change")),
         ("Effect", effect_words(data["effect"]) if data.get("effect") else ""),
         ("Judged by", data.get("judged_by")),
@@ -63,7 +72,7 @@ def rows_html(data: Record, shown: int = 10) -> str:
     ]  # fmt: skip
     if not cells:
         return ""
-    total = len(data.get("guilty_keys") or rows)
+    total = len(data.get("guilty_keys") or data.get("suspicious_keys") or rows)
     columns = ["row", "label", "likely", "wrong with"]
     title = f"<h3>Rows, most suspicious first ({len(cells)} of {total:,})</h3>"
     return title + table_html(columns, cells, "", "guilty rows")
@@ -81,7 +90,7 @@ def diagnosis_html(record: Record | None, at: str = "", notebook: str = "") -> s
         for side in ("good", "bad")
         if record.get(side)
     )
-    colour = "good" if record["verdict"] == "nobody" else "bad"
+    colour = {"nobody": "good", "not shown": "warn"}.get(record["verdict"], "bad")
     head = (
         f'<div class="mwb-banner {colour}" role="status"><strong>{escape(record["verdict"])}</strong>'
         f"<span>{escape(sides)}</span><span>{escape(at[:16].replace('T', ' '))} UTC</span></div>"

@@ -53,6 +53,7 @@ class RowChoice(ipywidgets.HBox):  # type: ignore[misc]
         """Show another row with what was chosen for it before."""
         self.key, self.setting = str(row["key"]), True
         self.words.value, self.radio.value = block(row_html(row)), choice
+        self.radio.tooltip = f"decision on {self.key}"
         self.setting = False
 
     def on_choice(self, change: Mapping[str, Any]) -> None:
