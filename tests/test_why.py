@@ -13,6 +13,7 @@ from why_support import off_by_one, plant, score
 
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import create_workspace
+from mlops_workbench.data.intake import deliver, judge, take_in
 from mlops_workbench.data.versions import DataStore
 from mlops_workbench.experiment.export import export_model
 from mlops_workbench.experiment.recorder import Recorder
@@ -61,7 +62,15 @@ def test_a_planted_error_is_found_and_the_remedy_takes_it_out(tmp_path: Path) ->
     mended = planted.store.load("digits")
     left = set(mended["picture_id"]) & planted.wrong
     assert len(left) <= 0.1 * len(planted.wrong)
-    assert planted.store.latest("digits").parent == planted.refs[-1]
+    newest = planted.store.latest("digits")
+    assert newest is not None and newest.parent == planted.refs[-1]
+    bad = mwb(workspace, "run", "train", "evaluate", "-p", f"data_version={planted.refs[-1]}")
+    assert bad.returncode == 4, bad.stdout + bad.stderr
+    assert "mwb run train evaluate -p data_version=digits`" in record["remedy"]["reason"]
+    cured = mwb(workspace, "run", "train", "evaluate", "-p", "data_version=digits")
+    assert cured.returncode == 0, cured.stdout + cured.stderr
+    made = {release.data_version for release in Ledger(workspace.ledger_url).releases()}
+    assert made == {planted.refs[-1], newest.ref} and "gates passed" in cured.stdout
 
 
 @pytest.fixture(scope="module")
@@ -210,13 +219,27 @@ def test_nothing_planted_accuses_nobody(tmp_path: Path) -> None:
 def test_forced_rows_are_named_although_no_fall_is_shown(tmp_path: Path) -> None:
     """June with half of its labels turned, forced in: the accuracy holds, so nobody is blamed and nothing rolled back."""
     store = DataStore(create_workspace(tmp_path / "w", name="flights", recipe="flights"))
-    names = {"key": "flight_id", "label": "late", "schema": flights.schema(), "features": [f.name for f in flights.features.features]}  # fmt: skip
+    names = {"key": "flight_id", "label": "late"}
     april = flights.source("2013-04..2013-04").sample(1600, random_state=0)
     before = pd.concat([flights.source("2013-01..2013-03"), april])
     june, places = turn_labels(flights.source("2013-06..2013-06"), "late", rows=1000)
     turned = set(june["flight_id"].iloc[places])
     first = store.snapshot("flights", before, **names).ref
-    second = store.snapshot("flights", pd.concat([before, june]), force=True, **names).ref
+    delivery = deliver(store, store.resolve(first), june, "flight_id", append=True)
+    features = [feature.name for feature in flights.features.features]
+    report = judge(store, delivery, schema=flights.schema(), features=features, **names)
+    taken = take_in(
+        store,
+        "flights",
+        delivery,
+        report,
+        by={"actor": "tester"},
+        force=True,
+        parent=first,
+        **names,
+    )
+    assert taken.verdict == "forced" and taken.version is not None
+    second = taken.version.ref
     done = mwb(store.workspace, "why", first, second, "--json")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)

@@ -62,5 +62,5 @@ def drop(
         print_json(record)
     else:
         click.echo(
-            f"{version.ref}  stored  {version.rows:,} rows; the next training uses it: mwb run train evaluate"
+            f"{version.ref}  stored  {version.rows:,} rows; to learn from it: mwb run train evaluate -p data_version={version.ref}"
         )

@@ -207,7 +207,8 @@ def choose_remedy(
             why = f"{len(culprit.guilty_keys)} wrong rows of {culprit.version} ({culprit.change.name})"
             return Remedy(
                 _drop_command(culprit, culprit.parent, keys_file, why),
-                "a new version without the guilty rows; then `mwb run train evaluate`",
+                "a new version without the guilty rows; then "
+                f"`mwb run train evaluate -p data_version={culprit.line[-1].partition('@')[0]}`, the newest version",
             )
         return Remedy(
             shlex.join(["mwb", "data", "rollback", culprit.parent]),
