@@ -71,6 +71,10 @@ def cell_text(value: Any) -> str:
         return f"{value:.4g}" if abs(value) < 1e4 or not math.isfinite(value) else f"{value:,.0f}"
     if isinstance(value, datetime):
         return value.isoformat(sep=" ", timespec="seconds")
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    if getattr(value, "ndim", 0):  # an array, such as a picture
+        return f"{' x '.join(map(str, value.shape))} {value.dtype}"
     if isinstance(value, Mapping | list | tuple):
         value = json.dumps(to_plain(value), ensure_ascii=False)
     text = str(value)
