@@ -9,6 +9,7 @@ __all__ = ['MARKS', 'read_assignments', 'read_parameter_file', 'LiveProgress', '
 import os
 import signal
 import sys
+import threading
 import time
 
 from collections.abc import Callable
@@ -190,7 +191,8 @@ def run(
     parameters = from_file(chosen, read_parameter_file(file)) if file is not None else {}
     for stage, values in distribute(chosen, read_assignments(assignments), text=True).items():
         parameters[stage] = {**parameters.get(stage, {}), **values}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     live = sys.stdout.isatty() and not as_json
     shown: AbstractContextManager[Callable[[Progress], None] | None] = (
         LiveProgress() if live else nullcontext()
