@@ -10,8 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
+from data_support import new_store, table
 from pages_support import make_data, wait_until
 
 from mlops_workbench.core.ledger import Ledger
@@ -20,6 +22,8 @@ from mlops_workbench.data.quarantine import review_list
 from mlops_workbench.data.versions import DataStore
 from mlops_workbench.pages import data_work, reader
 from mlops_workbench.pages.data import DataPage
+from mlops_workbench.pages.data_views import SAMPLED, diff_tables
+from mlops_workbench.pages.difference import difference_html
 from mlops_workbench.pages.read_models import model_mark, read_table
 from mlops_workbench.pages.requests import ask, open_requests, read_answer
 
@@ -94,6 +98,25 @@ def test_the_last_diagnosis_is_told_with_its_remedy(made: Workspace) -> None:
     shown = data_page(made).diagnosis.value
     assert "mwb data drop digits@v1.3" in shown and "+0.214 (95%: +0.181 to +0.247)" in shown
     assert "10 of 100" in shown and "runs/cycle-0001/diagnose-1/notebook.ipynb" in shown
+
+
+def test_a_long_table_is_drawn_from_a_sample_and_counted_whole(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    names = {"key": "id", "label": "late"}
+    before, later = table(60_000), table(12_000, first=60_000, seed=1)
+    first = store.snapshot("flights", before, **names)
+    warmer = later.assign(temperature=later["temperature"] + 40)
+    second = store.snapshot("flights", pd.concat([before, warmer], ignore_index=True), **names)
+    tables = diff_tables(store, first, second)
+    model = {
+        name: [dict(zip(columns, row, strict=True)) for row in rows]
+        for name, (columns, rows) in tables.items()
+    }
+    shown = difference_html(model)
+    assert "12,000" in shown and "60,000" in shown
+    assert f"Drawn from {SAMPLED:,} rows of each version" in shown
+    moved = [row["name"] for row in model["columns"] if row["moved"]]
+    assert moved == ["temperature"]
 
 
 def test_two_versions_that_are_no_neighbours_are_compared_when_asked(workspace: Workspace) -> None:

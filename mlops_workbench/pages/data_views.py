@@ -15,12 +15,14 @@ import pandas as pd
 from ..data.diff import DataDiff
 from ..data.distribution import compare_distributions
 from ..data.records import DataVersion
+from ..data.stored import StoredVersion
 from ..data.thumbnails import brightness, picture_column, thumbnail
 from ..data.versions import DataStore
 from .read_models import Tables
 
 # %% auto #0
-__all__ = ['SHOWN_PICTURES', 'SHOWN_ROWS', 'cell_text', 'sample', 'picture_rows', 'column_rows', 'diff_tables', 'problem_tables']
+__all__ = ['SHOWN_PICTURES', 'SHOWN_ROWS', 'SAMPLED', 'cell_text', 'sample', 'picture_rows', 'column_rows', 'some_rows',
+           'diff_tables', 'problem_tables']
 
 # %% ../../nbs/pages/10_data_views.ipynb #a28d1685
 SHOWN_PICTURES, SHOWN_ROWS = 24, 10
@@ -44,18 +46,17 @@ def sample(frame: pd.DataFrame, pictures: str) -> str:
 
 # %% ../../nbs/pages/10_data_views.ipynb #53f310c9
 def picture_rows(
-    difference: DataDiff, before: pd.DataFrame, after: pd.DataFrame, key: str, label: str
+    difference: DataDiff,
+    before: pd.DataFrame,  # some rows of each version
+    after: pd.DataFrame,
+    stored: StoredVersion,  # the later one
 ) -> list[tuple[str, str, str, str]]:
     """Return kind, key, caption and address of the thumbnails of what changed."""
+    key, label = stored.version.key, stored.version.label
     column = picture_column(after) or picture_column(before)
     if not column:
         return []
     white = brightness(after[column] if column in after else before[column])
-    by_key = (
-        after.drop_duplicates(key).set_index(key)[column]
-        if column in after
-        else pd.Series(dtype=object)
-    )
     found: list[tuple[str, str, str, str]] = []
     for kind, frame in (("added", difference.added), ("removed", difference.removed)):
         if column in frame:
@@ -63,6 +64,7 @@ def picture_rows(
             cells = zip(part[key], part[label], part[column], strict=True)
             found += [(kind, str(k), f"{v}", thumbnail(cell, white)) for k, v, cell in cells]
     moved = difference.relabelled.iloc[_spread(len(difference.relabelled))]
+    by_key = _cells(stored, moved["key"].tolist(), column) if column in after else {}
     for k, old, new in moved.itertuples(index=False, name=None):
         found.append(("relabelled", str(k), f"{old} \u2192 {new}", thumbnail(by_key.get(k), white)))
     redrawn = difference.changed[difference.changed["column"] == column].head(SHOWN_PICTURES // 2)
@@ -75,6 +77,13 @@ def picture_rows(
 def _spread(count: int) -> list[int]:
     """Places of at most so many rows as are shown, from all over the frame."""
     return [int(n) for n in np.linspace(0, count - 1, min(count, SHOWN_PICTURES))] if count else []
+
+# %% ../../nbs/pages/10_data_views.ipynb #eabfcd4b
+def _cells(stored: StoredVersion, keys: Sequence[object], column: str) -> dict[object, object]:
+    """The cells of one column in the rows with these keys."""
+    places = pd.Index(stored.keys.to_pylist()).get_indexer([str(key) for key in keys])
+    found = stored.frame(places[places >= 0].astype(np.int64))
+    return dict(zip(found[stored.version.key], found[column], strict=True))
 
 # %% ../../nbs/pages/10_data_views.ipynb #337f1c7c
 def column_rows(
@@ -102,13 +111,25 @@ def column_rows(
     rest = [(name, count, "", 0.0, 0, "", "") for name, count in changed.items() if count]
     return [*noted, *found, *rest]
 
+# %% ../../nbs/pages/10_data_views.ipynb #fde465d6
+SAMPLED = 50_000  # rows of each version that the histograms are drawn from
+
+
+def some_rows(stored: StoredVersion) -> pd.DataFrame:
+    """Return all rows of a version, or of a long one `SAMPLED` rows at equal distances."""
+    count = len(stored)
+    if count <= SAMPLED:
+        return stored.frame()
+    return stored.frame(np.linspace(0, count - 1, SAMPLED).astype(np.int64))
+
 # %% ../../nbs/pages/10_data_views.ipynb #281b52de
 def diff_tables(store: DataStore, before: DataVersion, after: DataVersion) -> Tables:
     """Return the read model of a pair of versions; raises what the store raises."""
     difference = store.diff(before, after)
-    frames = store.load(before), store.load(after)
+    sides = store.stored(before), store.stored(after)
+    frames = some_rows(sides[0]), some_rows(sides[1])
     key, label = after.key, after.label
-    pictures = picture_rows(difference, *frames, key, label)
+    pictures = picture_rows(difference, *frames, sides[1])
     column = picture_column(frames[1])
     samples = [
         (kind, len(frame), sample(frame, column))
@@ -121,6 +142,7 @@ def diff_tables(store: DataStore, before: DataVersion, after: DataVersion) -> Ta
         if len(frame)
     ]
     summary = {**difference.summary(), "label": label, "key": key, "problem": ""}
+    summary["sampled"] = SAMPLED if max(map(len, sides)) > SAMPLED else 0
     return {
         "summary": (("content",), [(json.dumps(summary, default=str),)]),
         "columns": (

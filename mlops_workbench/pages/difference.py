@@ -13,7 +13,8 @@ from .look import escape, short, table_html
 
 # %% auto #0
 __all__ = ['Row', 'KINDS', 'TITLES', 'counts_html', 'flows_html', 'steps_path', 'histogram_svg', 'bars_html', 'effect_text',
-           'column_chart', 'columns_html', 'picture_html', 'galleries_html', 'samples_html', 'difference_html']
+           'column_chart', 'columns_html', 'picture_html', 'galleries_html', 'samples_html', 'sampled_html',
+           'difference_html']
 
 # %% ../../nbs/pages/14_difference.ipynb #8e80a7cc
 Row = Mapping[str, Any]
@@ -186,6 +187,13 @@ def samples_html(samples: Sequence[Row]) -> str:
     return "<h3>Rows</h3>" + "".join(parts) if parts else ""
 
 
+def sampled_html(summary: Row) -> str:
+    """Return the sentence about a sample; empty where every row was read."""
+    rows = summary.get("sampled", 0)
+    words = f"Drawn from {rows:,} rows of each version at equal distances; the counts above are of all rows."
+    return f"<p class='mwb-note'>{words}</p>" if rows else ""
+
+
 def difference_html(tables: Mapping[str, Sequence[Row]]) -> str:
     """Return the difference of two versions from its read model."""
     summary = json.loads(tables["summary"][0]["content"])
@@ -198,6 +206,7 @@ def difference_html(tables: Mapping[str, Sequence[Row]]) -> str:
             galleries_html(tables["pictures"], summary),
             flows_html(summary),
             columns_html(tables["columns"], summary["before"], summary["after"]),
+            sampled_html(summary),
             samples_html(tables["samples"]),
         ]
     )
