@@ -1,6 +1,7 @@
 """`mwb why` from end to end on planted faults: data, traffic, parameters; what it says and what its remedy does."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -255,7 +256,7 @@ def test_forced_rows_are_named_although_no_fall_is_shown(tmp_path: Path) -> None
     assert remedy["command"].startswith(f"mwb data drop {second} --keys-from")
     assert "rollback" not in remedy["command"] and "no fall is shown" in remedy["reason"]
     told = mwb(store.workspace, "why", first, second, "--apply-remedy")
-    assert told.returncode == 0, told.stderr
+    assert told.returncode == 2 and "keep those that are right" in told.stderr
     for words in (
         "verdict: not shown",
         f"version to look at: {second}",
@@ -263,6 +264,9 @@ def test_forced_rows_are_named_although_no_fall_is_shown(tmp_path: Path) -> None
         "ranked by belief (a model",
     ):
         assert words in told.stdout
+    assert store.latest("flights") == taken.version, "nothing is dropped unseen"
+    applied = mwb(store.workspace, *shlex.split(remedy["command"])[1:])
+    assert applied.returncode == 0, applied.stderr
     assert set(store.load("flights")["flight_id"]) == set(before["flight_id"])
 
 

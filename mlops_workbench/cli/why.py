@@ -77,6 +77,11 @@ def apply_remedy(workspace: Workspace, record: Mapping[str, Any]) -> int:
     words = shlex.split(str(record["remedy"]["command"]))
     if words[:1] != ["mwb"]:
         raise UsageError(f"expected a remedy to apply, found none: {record['summary']}")
+    if record["verdict"] == "not shown":
+        raise UsageError(
+            "expected a shown fall for --apply-remedy, found none: look at the rows and keep those that are right, then run "
+            f"the command yourself: {shlex.join(words)}"
+        )
     click.echo(f"$ {shlex.join(words)}")
     return main([*words[1:], "-w", str(workspace.root)])
 
