@@ -126,8 +126,8 @@ class Workspace:
 
     @property
     def monitor_lock(self) -> Path:
-        """The lock that a running monitor holds."""
-        return self.locks / "monitor.lock"
+        """Held for as long as a monitor runs; each of its looks takes a lock of its own."""
+        return self.locks / "monitor_runs.lock"
 
     @property
     def secrets_path(self) -> Path:
