@@ -232,10 +232,13 @@ def test_status_knows_a_running_monitor_from_an_old_look(tmp_path: Path) -> None
     assert mwb(workspace, "monitor", "once").returncode == 0
     assert re.fullmatch(r"not running, last looked \d+ s ago", service(workspace, "monitor"))
     command = [sys.executable, "-m", "mlops_workbench.cli.main", "monitor", "watch"]
-    command += ["-w", str(workspace.root)]
-    watcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command += ["-w", str(workspace.root), "--interval", "0.2"]
+    told = tmp_path / "told.txt"
+    with told.open("w") as stream:
+        watcher = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
     try:
         wait_until(lambda: service(workspace, "monitor").startswith("runs"), 60, "the monitor")
+        wait_until(lambda: told.read_text().count("no release serves") >= 2, 60, "two looks")
     finally:
         watcher.kill()
         watcher.wait()
