@@ -16,7 +16,7 @@ from mlops_workbench.recipes.pictures import digits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from why_support import plant, score  # noqa: E402
+from why_support import plant, score
 
 LIMIT_SECONDS = 180.0
 CASES = {"off by one": "300 labels off by one", "noise": "81 random labels", "": "nothing wrong"}

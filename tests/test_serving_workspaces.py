@@ -238,7 +238,7 @@ def test_status_knows_a_running_monitor_from_an_old_look(tmp_path: Path) -> None
         watcher = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
     try:
         wait_until(lambda: service(workspace, "monitor").startswith("runs"), 60, "the monitor")
-        wait_until(lambda: told.read_text().count("no release serves") >= 2, 60, "two looks")
+        wait_until(lambda: told.read_text().count("requests, ") >= 2, 60, "two looks")
     finally:
         watcher.kill()
         watcher.wait()
