@@ -108,6 +108,7 @@ def start_s3(folder: Path) -> S3Server:
 def _bucket_made(server: S3Server) -> bool:
     """Make the bucket and write into it; False while the server is still gathering itself."""
     import s3fs
+    from botocore.exceptions import BotoCoreError
 
     url = server.environment["AWS_ENDPOINT_URL"]
     files = s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=url)
@@ -115,7 +116,7 @@ def _bucket_made(server: S3Server) -> bool:
         if not files.exists(BUCKET):
             files.mkdir(BUCKET)
         files.pipe_file(f"{BUCKET}/probe", b"1")
-    except OSError:
+    except (OSError, BotoCoreError):
         return False
     return True
 
