@@ -547,6 +547,10 @@ def test_a_folder_that_a_dead_process_left_without_a_record_is_used(tmp_path: Pa
     (workspace.runs / cycle.name / "1_make-1" / "outputs").mkdir(parents=True)
     assert run_for(workspace, 120) == 0
     assert_nothing_lost_or_doubled(workspace, kills=0)
+    empty = fresh(tmp_path / "empty", LOOP)
+    (empty.runs / "cycle-0001").mkdir(parents=True)
+    assert run_for(empty, 120) == 0
+    assert_nothing_lost_or_doubled(empty, kills=0)
 
 
 def run_for(workspace: Workspace, seconds: float) -> int:

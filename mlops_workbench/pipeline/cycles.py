@@ -77,6 +77,11 @@ def _number(name: str) -> tuple[int, str]:
     match = re.fullmatch(r"cycle-(\d+)", name)
     return (int(match[1]), name) if match else (0, name)
 
+# %% ../../nbs/pipeline/07_cycles.ipynb #0553b38a
+def _is_left_empty(folder: Path) -> bool:
+    """Whether a process died between making a cycle's folder and saying what it is."""
+    return not (folder / CYCLE_FILE).exists() and not any(e.is_dir() for e in folder.iterdir())
+
 # %% ../../nbs/pipeline/07_cycles.ipynb #55429dae
 def create_cycle(workspace: Workspace, name: str | None = None, trigger: str = "") -> Cycle:
     """A new, empty cycle with the next number, or of this name; raises UsageError for a name that cannot be a folder or is taken."""
@@ -86,21 +91,22 @@ def create_cycle(workspace: Workspace, name: str | None = None, trigger: str = "
         )
     numbers = [_number(known)[0] for known in cycle_names(workspace)]
     number = max(numbers, default=0) + 1
-    while True:
-        chosen = name or f"cycle-{number:04d}"
-        try:
-            (workspace.runs / chosen).mkdir(parents=True)
-            break
-        except FileExistsError:
-            if name is not None and (workspace.runs / name / CYCLE_FILE).exists():
-                raise UsageError(
-                    f"expected a new cycle, found {name} to exist already; choose another name"
-                ) from None
-            if name is not None:
+    with folders_lock(workspace):
+        while True:
+            chosen = name or f"cycle-{number:04d}"
+            try:
+                (workspace.runs / chosen).mkdir(parents=True)
                 break
-            number += 1
-    cycle = Cycle(name=chosen, created_at=iso(now()), trigger=trigger)
-    write_record(workspace.runs / chosen, CYCLE_FILE, cycle)
+            except FileExistsError:
+                if name is not None and (workspace.runs / name / CYCLE_FILE).exists():
+                    raise UsageError(
+                        f"expected a new cycle, found {name} to exist already; choose another name"
+                    ) from None
+                if name is not None or _is_left_empty(workspace.runs / chosen):
+                    break
+                number += 1
+        cycle = Cycle(name=chosen, created_at=iso(now()), trigger=trigger)
+        write_record(workspace.runs / chosen, CYCLE_FILE, cycle)
     write_atomic(workspace.runs / CURRENT_FILE, chosen + "\n")
     return cycle
 
