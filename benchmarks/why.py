@@ -11,12 +11,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlops_workbench.pipeline.culprit import Culprit, find_culprit
-from mlops_workbench.recipes.pictures import digits
+from mlops_workbench.pipeline.culprit import Culprit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from why_support import plant, score
+from why_support import score, search
 
 LIMIT_SECONDS = 180.0
 CASES = {"off by one": "300 labels off by one", "noise": "81 random labels", "": "nothing wrong"}
@@ -35,15 +34,7 @@ class Answer:
 def ask(fault: str, seed: int) -> Answer:
     """Plant a fault, or none, in a new workspace and search for it."""
     with tempfile.TemporaryDirectory() as folder:
-        planted = plant(Path(folder), seed, fault=fault)
-        found = find_culprit(
-            planted.store,
-            digits,
-            planted.refs[0],
-            planted.refs[-1],
-            parameters={},
-            folder=Path(folder) / "retrains",
-        )
+        planted, found = search(Path(folder), seed, fault)
     right = found.version == planted.guilty_version
     return Answer(found, right, *score(found.guilty_keys, planted.wrong))
 

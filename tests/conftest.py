@@ -1,6 +1,11 @@
-"""The order of the test files: the longest first, so that no worker is left alone with one at the end."""
+"""The order of the test files, the longest first, and a Ctrl-C that works also in tests that run in the background."""
+
+import signal
 
 import pytest
+
+# A shell starts what it puts into the background with SIGINT ignored, and every process started from there inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST_FIRST = (
     "test_readme.py",

@@ -5,35 +5,26 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from why_support import plant, score
+from why_support import Planted, score, search
 
 from mlops_workbench.experiment.retrains import Budget
-from mlops_workbench.pipeline.culprit import Culprit, find_culprit
+from mlops_workbench.pipeline.culprit import Culprit
 from mlops_workbench.recipes.pictures import FASHION_FOLDER, PictureRecipe, digits, fashion
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 SEEDS = range(20)
 
 
-def search(
+def told(
     folder: Path,
     seed: int,
     fault: str,
     recipe: PictureRecipe = digits,
     budget: Budget | None = None,
     **sizes: object,
-):
-    """What was planted with this seed and what is found."""
-    planted = plant(folder, seed, fault=fault, recipe=recipe, **sizes)  # type: ignore[arg-type]
-    found = find_culprit(
-        planted.store,
-        recipe,
-        planted.refs[0],
-        planted.refs[-1],
-        parameters={},
-        folder=folder / "retrains",
-        budget=budget,
-    )
+) -> tuple[Planted, Culprit]:
+    """What was planted with this seed and what is found, printed too."""
+    planted, found = search(folder, seed, fault, recipe, budget, **sizes)
     effect = found.comparison.effect
     precision, recall = score(found.guilty_keys, planted.wrong)
     print(
@@ -52,7 +43,7 @@ def within_limit(found: Culprit, change_sets: int = 3) -> bool:
 def test_a_systematic_error_among_digits_is_found_in_twenty_of_twenty(tmp_path: Path) -> None:
     """300 labels off by one in 1,100 to 1,260 digits: version, change-set, rows, cost."""
     for seed in SEEDS:
-        planted, found = search(tmp_path / str(seed), seed, "off by one")
+        planted, found = told(tmp_path / str(seed), seed, "off by one")
         assert found.version == planted.guilty_version, seed
         assert found.change is not None and found.change.name == planted.guilty_change, seed
         precision, recall = score(found.guilty_keys, planted.wrong)
@@ -62,7 +53,7 @@ def test_a_systematic_error_among_digits_is_found_in_twenty_of_twenty(tmp_path: 
 
 def test_nothing_planted_accuses_in_at_most_one_of_twenty(tmp_path: Path) -> None:
     """Honest versions of the same sizes."""
-    accused = [seed for seed in SEEDS if search(tmp_path / str(seed), seed, "")[1].version]
+    accused = [seed for seed in SEEDS if told(tmp_path / str(seed), seed, "")[1].version]
     assert len(accused) <= 1, accused
 
 
@@ -70,7 +61,7 @@ def test_random_noise_is_small_and_its_rows_are_named_all_the_same(tmp_path: Pat
     """9 % wrong labels in the version: the accuracy hardly moves, the rows are named with 95 % precision and 85 % recall."""
     small = 0
     for seed in SEEDS:
-        planted, found = search(tmp_path / str(seed), seed, "noise")
+        planted, found = told(tmp_path / str(seed), seed, "noise")
         small += found.is_small
         assert found.version == planted.guilty_version, seed
         precision, recall = score(found.guilty_keys, planted.wrong)
@@ -89,7 +80,7 @@ def test_a_thousand_of_thirteen_thousand_pictures(tmp_path: Path) -> None:
     train = rows[rows["picture_id"].str.startswith("train")]
     for seed in SEEDS:
         drawn = train.sample(11_400, random_state=seed), test.sample(1800, random_state=seed)
-        planted, found = search(
+        planted, found = told(
             tmp_path / str(seed), seed, "off by one", fashion, budget,
             rows=pd.concat(drawn), first=11_200, weekly=160, wrong=1000,
         )  # fmt: skip

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from mlops_workbench.core.workspace import create_workspace
 from mlops_workbench.data.versions import DataStore
+from mlops_workbench.experiment.retrains import Budget
+from mlops_workbench.pipeline.culprit import Culprit, find_culprit
 from mlops_workbench.recipes.pictures import PictureRecipe, digits
 from mlops_workbench.recipes.protocol import Recipe
 
@@ -85,6 +88,28 @@ def plant(
             parts[0] = head
         refs.append(store_version())
     return Planted(store, refs, refs[at] if fault else "", "south" if fault else "", keys)
+
+
+def search(
+    folder: Path,
+    seed: int,
+    fault: str,
+    recipe: PictureRecipe = digits,
+    budget: Budget | None = None,
+    **sizes: Any,
+) -> tuple[Planted, Culprit]:
+    """What was planted with this seed, and what is found."""
+    planted = plant(folder, seed, fault=fault, recipe=recipe, **sizes)
+    found = find_culprit(
+        planted.store,
+        recipe,
+        planted.refs[0],
+        planted.refs[-1],
+        parameters={},
+        folder=folder / "retrains",
+        budget=budget,
+    )
+    return planted, found
 
 
 def score(named: list[str], planted: set[str]) -> tuple[float, float]:

@@ -125,7 +125,8 @@ def change_sets(
     batch: str,
 ) -> Changes:
     """The change-sets of a difference, added rows first."""
-    groups = _added_groups(difference.added, set(before[key]), key, batch)
+    known = set(before[key])
+    groups = _added_groups(difference.added, known, key, batch)
     found = [
         ChangeSet(kind, name, tuple(groups[kind, name]))
         for kind, name in sorted(groups, key=lambda place: (place[0] != "rows added", place[1]))
@@ -136,7 +137,7 @@ def change_sets(
     for name in difference.by_column:
         cells = difference.changed[difference.changed["column"] == name]
         found.append(ChangeSet("values changed", name, tuple(cells["key"]), name))
-    shared = tuple(row for row in after[key] if row in set(before[key]))
+    shared = tuple(row for row in after[key] if row in known)
     for name in (*difference.columns_added, *difference.columns_removed):
         word = "column added" if name in difference.columns_added else "column removed"
         found.append(ChangeSet("values changed", f"{name}, {word}", shared, name))

@@ -180,7 +180,7 @@ def take_in(
     """Store the good rows as the next version, hold back or refuse the others; each with its decision."""
     table, held, waiting = delivery.table, pd.DataFrame(), None
     if report is not None and report.verdict == "refuse" and not force:
-        _record_refusal(store, name, report, by, place)
+        _record(store, name, report, by, place)
         return Intake("refused", report, None)
     if report is not None and report.verdict == "quarantine" and force:
         report = replace(report, verdict="refuse")  # what force overrules stays on record as forced
@@ -191,7 +191,7 @@ def take_in(
         taken = clean[key].tolist()
         waiting = hold_rows(store, name, held, taken=taken, key=key, message=words(report))
         assert waiting is not None, "a report with this verdict holds rows"
-        _record_quarantine(store, name, report, waiting.ref, by, place)
+        _record(store, name, report, by, place, waiting.ref)
     version = store.snapshot(name, table, key=key, label=label, force=force, report=report, **more)
     forced = report is not None and report.verdict == "refuse"
     came = 0 if version.unchanged else int(delivery.new.sum()) - len(held)
@@ -221,48 +221,29 @@ def _without(delivery: Delivery, report: ValidationReport, key: str) -> pd.DataF
     whole: pd.DataFrame = pd.concat([table, back.reindex(columns=table.columns)], ignore_index=True)
     return whole
 
-# %% ../../nbs/data/38_intake.ipynb #07761fbd
-def _record_quarantine(
+# %% ../../nbs/data/38_intake.ipynb #a61d2d82
+def _record(
     store: DataStore,
     name: str,
     report: ValidationReport,
-    waiting: str,  # the version of the quarantine
     by: Mapping[str, Any],
     place: str,
+    waiting: str = "",  # the version of the quarantine; none: the batch was refused
 ) -> None:
-    """Write into the ledger that rows wait, and call for a review."""
-    with Ledger(store.workspace.ledger_url).decision(
-        "validation",
-        subject=name,
-        verdict="quarantined",
-        reason=words(report),
-        evidence={**report.summary(), "quarantine": waiting},
-        **by,
-    ) as change:
-        change.enqueue(
-            f"{len(report.held)} rows of {name} wait for a review",
+    """Write into the ledger that rows wait, or that a batch was refused, and call for somebody."""
+    verdict, title = "refused", f"a batch of {name} was refused"
+    text = f"{report.rows} rows were not stored: {words(report)}."
+    evidence = report.summary()
+    if waiting:
+        verdict, title = "quarantined", f"{len(report.held)} rows of {name} wait for a review"
+        text = (
             f"{len(report.held)} of {report.rows} rows were held back: {words(report)}. Look at them with "
-            f"`mwb data review {name}`.{f' Evidence: {place}' if place else ''}",
-            severity="warning",
-            key=f"quarantine-{waiting}",
+            f"`mwb data review {name}`."
         )
-
-# %% ../../nbs/data/38_intake.ipynb #4a2bf0fe
-def _record_refusal(
-    store: DataStore, name: str, report: ValidationReport, by: Mapping[str, Any], place: str
-) -> None:
-    """Write the refusal of a batch into the ledger and raise an alarm."""
+        evidence = {**evidence, "quarantine": waiting}
     with Ledger(store.workspace.ledger_url).decision(
-        "validation",
-        subject=name,
-        verdict="refused",
-        reason=words(report),
-        evidence=report.summary(),
-        **by,
+        "validation", subject=name, verdict=verdict, reason=words(report), evidence=evidence, **by
     ) as change:
-        change.enqueue(
-            f"a batch of {name} was refused",
-            f"{report.rows} rows were not stored: {words(report)}.{f' Evidence: {place}' if place else ''}",
-            severity="warning",
-            key=f"refused-{name}-{change.decision_id}",
-        )
+        key = f"quarantine-{waiting}" if waiting else f"refused-{name}-{change.decision_id}"
+        told = f"{text} Evidence: {place}" if place else text
+        change.enqueue(title, told, severity="warning", key=key)

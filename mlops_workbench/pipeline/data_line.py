@@ -63,7 +63,7 @@ def default_version(workspace: Workspace) -> str:
     from mlops_workbench.recipes.protocol import load_recipe
 
     name = load_recipe(workspace.settings.workspace.recipe, workspace.root).dataset
-    newest = [f"{tag.name}@{tag.version}" for tag in tags if tag.name == name]
+    newest = [tag.ref for tag in tags if tag.name == name]
     return found.get(name, newest[-1] if newest else "")
 
 # %% ../../nbs/pipeline/17_data_line.ipynb #d7fff3b0

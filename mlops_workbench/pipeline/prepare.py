@@ -11,10 +11,10 @@ import pandas as pd
 
 from ..core.errors import DataError, UsageError
 from ..core.workspace import Workspace
-from ..data.intake import added_rows, take_in, words
+from ..data.intake import added_rows, judge, take_in, words
 from ..data.sources import read_table
 from ..data.tables import check_frame
-from ..data.validation import ValidationReport, validate_batch
+from ..data.validation import ValidationReport
 from ..monitoring.prediction_store import read_window
 from .outcome import Outcome, decided_by, standing_version, write_output
 from .stage import Stage
@@ -91,16 +91,16 @@ def check_batch(
     """
     check_frame(batch)
     features = stage.recipe.features
-    return validate_batch(
-        batch,
-        schema=stage.recipe.schema(),
-        previous=previous,
+    report = judge(
+        stage.data,
+        added_rows(previous, batch, str(features.key)),
         key=str(features.key),
         label=features.label,
-        settings=stage.workspace.settings.data,
+        schema=stage.recipe.schema(),
         features=[feature.name for feature in features.features],
-        separate=True,
     )
+    assert report is not None, "every row of a batch is judged"
+    return report
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #426ac63a
 def keep_evidence(stage: Stage, report: ValidationReport) -> dict[str, Path]:
