@@ -63,8 +63,11 @@ def data_html(data: Record) -> str:
 
 
 def rows_html(data: Record, shown: int = 10) -> str:
-    """Return the guilty rows, the most suspicious first."""
-    rows = [row for row in data.get("rows") or [] if row.get("guilty", True)]
+    """Return the guilty rows, or those to look at where no fall is shown, the most suspicious first."""
+    ranked = data.get("rows") or []
+    rows = [row for row in ranked if row.get("guilty", True)]
+    if not rows and data.get("suspicious_keys"):
+        rows = ranked
     cells = [
         [Markup(f'<span class="mwb-nowrap">{escape(row["key"])}</span>'), row.get("label", ""), row.get("likely", ""),
          "" if row.get("belief") is None else f"{row['belief']:.1%}"]
