@@ -1,6 +1,8 @@
 """From a delivered file to a version, by the commands: good rows come in, bad ones wait, bad files stay outside."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from data_support import new_store, table
 
 from mlops_workbench.cli.main import main
 from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.data.quarantine import quarantined
 from mlops_workbench.data.versions import DataStore
+from mlops_workbench.pipeline.data_line import default_versions
 from mlops_workbench.pipeline.reuse import named_version
 
 NAMES = ["--key", "id", "--label", "late"]
@@ -147,3 +151,21 @@ def test_the_list_is_readable_with_a_long_message(
     assert "default" in lines[-1] and "own@v1.1" in lines[-1]
     whole = asked(store, capsys, "data", "list")
     assert len(whole[-1]["message"]) > 900
+
+
+def test_deliveries_at_once_all_come_in(store: DataStore, tmp_path: Path) -> None:
+    frame, wrong = with_wrong_labels(1000, 12, first=2000)
+    assert snapshot(store, frame, "--append") == 0
+    commands = [["review", "own", "--accept", each] for each in sorted(wrong)[:2]]
+    for number in range(2):
+        file = tmp_path / f"delivered-{number}.csv"
+        good(1000, first=3000 + 1000 * number).to_csv(file, index=False)
+        commands.append(["snapshot", "own", "--from", str(file), "--append"])
+    here = ["-w", str(store.root)]
+    program = [sys.executable, "-m", "mlops_workbench.cli.main", "data"]
+    running = [subprocess.Popen([*program, *command, *here]) for command in commands]
+    assert [process.wait(120) for process in running] == [0, 0, 0, 0]
+    came = set(store.load(default_versions(store.workspace)["own"])["id"])
+    assert set(sorted(wrong)[:2]) <= came
+    waiting = set(quarantined(store, "own")["id"])
+    assert came | waiting == {f"row {n:07}" for n in range(5000)} and not came & waiting

@@ -122,36 +122,45 @@ def take_rows(
     from mlops_workbench.pipeline.data_rollback import base_version
     from mlops_workbench.release.deployment import set_default_data
 
-    base = base_version(store.workspace, name)
-    pictures = pictures or (base.pictures if base is not None else "")
-    names: dict[str, Any] = {"key": key, "label": label}
-    by = {"actor": getpass.getuser()}
-    needed = [label, *order, *([pictures] if pictures else [])]
-    delivery = deliver(store, base, rows, key, required=needed, append=append, force=force)
-    how: dict[str, Any] = {
-        "schema": schema,
-        "features": features,
-        "skip": order,
-        "pictures": pictures,
-    }
-    report = judge(store, delivery, **names, **how)
-    made: dict[str, Any] = {
-        "message": message,
-        "source_batch": batch,
-        "minor": minor,
-        "pictures": pictures,
-    }
-    made |= {"order": order or None, "parent": base.ref if base is not None else None}
-    intake = take_in(
-        store, name, delivery, report, by=by, source=batch or message, force=force, **names, **made
-    )
-    if intake.version is None:
-        assert report is not None, "only a report refuses"
-        raise refuse(name, report)
-    if intake.verdict != "unchanged":
-        reason = f"{intake.rows} rows {intake.verdict}{f': {message}' if message else ''}"
-        set_default_data(store.workspace, intake.version.ref, reason=reason, **by)
-    return intake
+    with store.taking_in():
+        base = base_version(store.workspace, name)
+        pictures = pictures or (base.pictures if base is not None else "")
+        names: dict[str, Any] = {"key": key, "label": label}
+        by = {"actor": getpass.getuser()}
+        needed = [label, *order, *([pictures] if pictures else [])]
+        delivery = deliver(store, base, rows, key, required=needed, append=append, force=force)
+        how: dict[str, Any] = {
+            "schema": schema,
+            "features": features,
+            "skip": order,
+            "pictures": pictures,
+        }
+        report = judge(store, delivery, **names, **how)
+        made: dict[str, Any] = {
+            "message": message,
+            "source_batch": batch,
+            "minor": minor,
+            "pictures": pictures,
+        }
+        made |= {"order": order or None, "parent": base.ref if base is not None else None}
+        intake = take_in(
+            store,
+            name,
+            delivery,
+            report,
+            by=by,
+            source=batch or message,
+            force=force,
+            **names,
+            **made,
+        )
+        if intake.version is None:
+            assert report is not None, "only a report refuses"
+            raise refuse(name, report)
+        if intake.verdict != "unchanged":
+            reason = f"{intake.rows} rows {intake.verdict}{f': {message}' if message else ''}"
+            set_default_data(store.workspace, intake.version.ref, reason=reason, **by)
+        return intake
 
 # %% ../../nbs/cli/26_data_support.ipynb #5bdf5603
 def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any) -> None:

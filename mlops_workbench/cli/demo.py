@@ -23,21 +23,26 @@ def demo(folder: Path) -> None:
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from mlops_workbench.pipeline.demo import run_demo
 
     console = Console(highlight=False)
+    if not console.is_terminal:  # a log file
+        console = Console(highlight=False, width=140)
     start = time.monotonic()
 
     def say(text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - start:5.0f} s[/dim]  {text}", markup=True)
+        line = Text.assemble((f"{time.monotonic() - start:5.0f} s  ", "dim"), text)
+        console.print(line, soft_wrap=not console.is_terminal)
 
-    board = run_demo(folder.resolve(), say=say)
+    with console.status("the workspace and the prediction server") as status:
+        board = run_demo(folder.resolve(), say=say, doing=status.update)
     table = Table("promise", "measured", "", title="The board")
     for promise in board:
         table.add_row(promise.promise, promise.measured, "met" if promise.met else "NOT MET")
     console.print(table)
-    console.print(closing_words(folder), markup=False)
+    console.print(closing_words(folder), markup=False, soft_wrap=True)
     if not all(promise.met for promise in board):
         raise click.exceptions.Exit(1)
 

@@ -50,8 +50,10 @@ def drop(
     opened = Workspace.open(workspace)
     beside = opened.root / keys_file
     keys = read_keys(keys_file if keys_file.exists() or not beside.exists() else beside)
-    version = drop_rows(DataStore(opened), ref, keys, message=message, as_in=as_in)
-    set_default_data(opened, version.ref, actor=getpass.getuser(), reason=version.message)
+    store = DataStore(opened)
+    with store.taking_in():
+        version = drop_rows(store, ref, keys, message=message, as_in=as_in)
+        set_default_data(opened, version.ref, actor=getpass.getuser(), reason=version.message)
     record = {
         "ref": version.ref,
         "rows": version.rows,

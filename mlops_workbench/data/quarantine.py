@@ -182,6 +182,20 @@ def review_rows(
     record_path: str | None = None,
 ) -> Review:
     """Take rows out of quarantine or turn them down; one decision. UsageError for unknown ids."""
+    with store.taking_in():
+        return _review(store, name, accept, reject, actor, reason, record_path)
+
+# %% ../../nbs/data/36_quarantine.ipynb #1974a60f
+def _review(
+    store: DataStore,
+    name: str,
+    accept: Sequence[str],
+    reject: Sequence[str],
+    actor: str,
+    reason: str,
+    record_path: str | None,
+) -> Review:
+    """Take rows in and turn rows down while no other delivery comes in."""
     rows = quarantined(store, name)
     both = set(accept) & set(reject)
     if both or not (accept or reject):

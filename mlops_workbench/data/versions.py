@@ -262,6 +262,10 @@ class DataStore:
             )
         return ""
 
+    def taking_in(self) -> contextlib.AbstractContextManager[None]:
+        """One delivery at a time, from reading the rows it joins to making it the default: none is lost."""
+        return file_lock(self.workspace.locks / "intake.lock", LOCK_SECONDS)
+
     def _locked(self) -> contextlib.AbstractContextManager[None]:
         """One writer at a time: whoever runs DVC holds this lock."""
         return file_lock(self.workspace.locks / "data.lock", LOCK_SECONDS)

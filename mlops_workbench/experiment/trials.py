@@ -135,6 +135,13 @@ class Choice:
     verdict: str  # BETTER or NOT_SHOWN
     evidence: dict[str, Any]
 
+    def words(self) -> str:
+        """The choice in one line."""
+        said = ", ".join(f"{name} {value}" for name, value in self.parameters.items())
+        if self.verdict == BETTER:
+            return f"{said}: better than the defaults beyond seed noise"
+        return f"{said or 'nothing to set'} (the defaults): none of the others is better than seed noise"
+
 # %% ../../nbs/experiment/10_trials.ipynb #06df658d
 def luck_probability(gains: np.ndarray) -> float:
     """The probability of gains [repeats] like these when there is nothing to gain; 1 for a single repeat."""

@@ -46,6 +46,7 @@ class Reason:
     text: str
     value: float | None = None
     threshold: float | None = None
+    brief: str = ""  # what the one-line summary adds to the name
 
 # %% ../../nbs/monitoring/13_decide_update.ipynb #8da14838
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def schedule_reason(inputs: UpdateInputs, settings: UpdateSettings) -> Reason:
     """Whether the model is too old."""
     days, most = (inputs.now - inputs.trained_at) / 86_400, settings.maximum_age_days
     text = f"{inputs.champion} is {days:.1f} days old, at most {most:g} are allowed"
-    return Reason("schedule", days > most, text, days, most)
+    return Reason("schedule", days > most, text, days, most, f"{days:.0f} days old")
 
 # %% ../../nbs/monitoring/13_decide_update.ipynb #3ea557af
 def drift_reason(inputs: UpdateInputs, settings: UpdateSettings) -> Reason:
@@ -125,10 +126,9 @@ def quality_reason(inputs: UpdateInputs, settings: UpdateSettings) -> Reason:
     worse = [change for change in found["changes"] if _is_worse(change)]
     if not worse:
         return Reason("quality", False, "no figure of quality is worse than at the evaluation")
-    said = ", ".join(
-        f"{change['figure']} {change['reference']:.3f} -> {change['now']:.3f}" for change in worse
-    )
-    return Reason("quality", True, f"worse than at the evaluation: {said}", worse[0]["difference"])
+    said = [f"{c['title']} {c['reference']:.3f} -> {c['now']:.3f}" for c in worse]
+    text = f"worse than at the evaluation: {', '.join(said)}"
+    return Reason("quality", True, text, worse[0]["difference"], brief=said[0])
 
 # %% ../../nbs/monitoring/13_decide_update.ipynb #e6a3d61a
 def new_data_reason(inputs: UpdateInputs, settings: UpdateSettings) -> Reason:
@@ -138,7 +138,9 @@ def new_data_reason(inputs: UpdateInputs, settings: UpdateSettings) -> Reason:
         f"{rows} new labelled rows ({inputs.new_rows} in {inputs.data_version or 'no version'}, "
         f"{inputs.waiting_rows} waiting), {least} are enough"
     )
-    return Reason("new data", rows >= least, text, float(rows), float(least))
+    return Reason(
+        "new data", rows >= least, text, float(rows), float(least), f"{rows} labelled rows"
+    )
 
 # %% ../../nbs/monitoring/13_decide_update.ipynb #4a99ba86
 def alert_reason(inputs: UpdateInputs) -> Reason:
@@ -149,7 +151,7 @@ def alert_reason(inputs: UpdateInputs) -> Reason:
         if alert["firing"] and alert["action"] == "retrain"
     ]
     text = f"asked for by: {', '.join(asking)}" if asking else "no firing rule asks for it"
-    return Reason("alert", bool(asking), text, float(len(asking)), 0.0)
+    return Reason("alert", bool(asking), text, float(len(asking)), 0.0, ", ".join(asking))
 
 # %% ../../nbs/monitoring/13_decide_update.ipynb #82918fbf
 def decide_update(inputs: UpdateInputs, settings: UpdateSettings) -> UpdateDecision:
@@ -167,11 +169,11 @@ def decide_update(inputs: UpdateInputs, settings: UpdateSettings) -> UpdateDecis
     speaking = [reason for reason in reasons if reason.speaks]
     if not speaking:
         return UpdateDecision(False, reasons, "wait: no reason speaks for a new model")
-    said = "; ".join(f"{reason.name}: {reason.text}" for reason in speaking)
+    said = ", ".join(r.name + (f" ({r.brief})" if r.brief else "") for r in speaking)
     if not inputs.data_changed and not inputs.waiting_rows:
-        summary = f"wait: nothing new to learn from beyond {inputs.trained_on}, although {said}"
+        summary = f"wait: nothing new to learn from beyond {inputs.trained_on}, in spite of {said}"
         return UpdateDecision(False, reasons, summary)
-    return UpdateDecision(True, reasons, f"retrain: {said}")
+    return UpdateDecision(True, reasons, f"retrain because of {said}")
 
 # %% ../../nbs/monitoring/13_decide_update.ipynb #af479401
 def next_data_version(workspace: Workspace, champion: Champion) -> str:

@@ -181,9 +181,12 @@ def _report(
         at += len(binned)
     everything = [*columns, *([prediction] if prediction else [])]
     moved = sorted((c for c in everything if c.moved), key=lambda c: -c.effect)
-    said = ", ".join(f"{c.column} ({c.direction or f'effect {c.effect:.2f}'})" for c in moved[:5])
-    more = f" and {len(moved) - 5} more" if len(moved) > 5 else ""
-    summary = f"{len(moved)} of {len(everything)} moved" + (f": {said}{more}" if moved else "")
+    said = " and ".join(
+        f"{c.column} ({c.direction or f'effect {c.effect:.2f}'})" for c in moved[:2]
+    )
+    summary = f"{len(moved)} of {len(everything)} columns moved" + (
+        f", most {said}" if moved else ""
+    )
     return DriftReport(
         "moved" if moved else "not moved", rows, columns, prediction, method, summary
     )

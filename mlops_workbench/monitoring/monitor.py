@@ -87,16 +87,22 @@ class MonitorSnapshot:
     @property
     def summary(self) -> str:
         """One sentence."""
-        firing = [alert["rule"] for alert in self.alerts if alert["firing"]]
+        firing = [
+            f"{alert['rule']} ({alert['metric']} {alert['value']:.3g}, {alert['operator']} {alert['threshold']:g})"
+            for alert in self.alerts
+            if alert["firing"]
+        ]
         found = self.measured.drift
+        served = f"{self.measured.service.requests} requests, {self.measured.rows} rows"
         parts = [
-            f"{self.measured.service.requests} requests, {self.measured.rows} rows",
-            self.champion.name if self.champion else "no release serves",
+            f"{self.champion.name} answered {served}"
+            if self.champion
+            else f"no release serves, {served}",
             self.measured.comparison.summary
             if self.measured.comparison
             else "quality not compared",
             f"drift: {found.summary}" if found else "drift not measured",
-            f"firing: {', '.join(firing)}" if firing else "no alarm",
+            f"alarms: {', '.join(firing)}" if firing else "no alarm",
         ]
         return "; ".join(parts)
 

@@ -294,7 +294,7 @@ class FigureChange:
 # %% ../../nbs/monitoring/03_quality.ipynb #0fc85b86
 FIGURE_WORDS = {
     "label_share": "share of {positive}",
-    "calibration_bias": "promised minus observed",
+    "calibration_bias": "promised minus observed share of {positive}",
     "auc": "AUC",
     "brier": "Brier score",
     "accuracy": "accuracy",
@@ -376,8 +376,8 @@ def compare_to_reference(
 
 # %% ../../nbs/monitoring/03_quality.ipynb #26ea6714
 def _summary(changes: Sequence[FigureChange]) -> str:
-    """One sentence: what moved, what did not."""
+    """One sentence: what moved most."""
     moved = [change.words() for change in changes if change.moved]
-    still = [change.words() for change in changes if not change.moved]
-    parts = [f"moved: {', '.join(moved)}"] if moved else ["nothing moved since the evaluation"]
-    return "; ".join(parts + ([f"within chance: {', '.join(still)}"] if moved and still else []))
+    if not moved:
+        return "quality as at the evaluation"
+    return f"quality: {len(moved)} of {len(changes)} figures moved, most {' and '.join(moved[:2])}"

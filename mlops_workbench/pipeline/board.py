@@ -31,12 +31,18 @@ class Promise:
     measured: str
     met: bool
 
-# %% ../../nbs/pipeline/42_board.ipynb #a71d9f20
-def within(promise: str, value: float | None, limit: float, unit: str) -> Promise:
+# %% ../../nbs/pipeline/42_board.ipynb #0c74f3c9
+def within(
+    promise: str,
+    value: float | None,
+    limit: float,
+    unit: str,
+    of: str = "",  # what was measured
+) -> Promise:
     """Return the promise that a measured value stays below its limit."""
     if value is None or not np.isfinite(value):
         return Promise(promise, "not measured", False)
-    return Promise(promise, f"{value:.3g} {unit}", value < limit)
+    return Promise(promise, f"{value:.3g} {unit}" + (f" {of}" if of else ""), value < limit)
 
 # %% ../../nbs/pipeline/42_board.ipynb #bfa17284
 def serving_promises(workspace: Workspace) -> list[Promise]:

@@ -30,14 +30,16 @@ from mlops_workbench.pipeline.board import (
 )
 from .receiver import Receiver, webhook_receiver
 from .manifest import Manifest, read_manifest
-from .runner import CycleResult, run_stages
+from .kernels import stop_parents
+from .runner import CycleResult, Progress, run_stages
 from .traffic import Replay, replay_rows, send_labels
 from ..recipes.protocol import load_recipe
 from ..serving.address import find_server
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'turn_labels', 'marker', 'demo_workspace', 'DemoServer', 'start_server', 'Demo', 'first_release',
-           'late_truth', 'better_release', 'bad_batch', 'rolled_back', 'tell', 'outcome', 'promises', 'run_demo']
+           'late_truth', 'better_release', 'bad_batch', 'rolled_back', 'expect_finished', 'outcome', 'promises',
+           'run_demo']
 
 # %% ../../nbs/pipeline/43_demo.ipynb #3fe92bad
 def turn_labels(
@@ -129,7 +131,7 @@ class Demo:
     server: DemoServer
     receiver: Receiver
     say: Callable[[str], None]
-    progress: Callable[..., None] | None = None
+    doing: Callable[[str], None]  # called with what is at work right now
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -147,12 +149,20 @@ class Demo:
             stages,
             parameters=parameters,
             cycle=cycle,
-            progress=self.progress,
+            progress=self.follow,
             **more,
         )
         self.seconds[cycle] = self.seconds.get(cycle, 0.0) + time.monotonic() - start
         self.deliver()
         return result
+
+    def follow(self, event: Progress) -> None:
+        """Say in one line what came of a stage as soon as it has ended; show what is at work meanwhile."""
+        if event.kind in ("finished", "reused"):
+            self.say(f"   {event.stage:<9} {event.text or event.kind}")
+        elif event.kind in ("stage", "cell"):
+            at = f", cell {event.cell} of {event.cells}" if event.cells else ""
+            self.doing(f"{event.stage}{at}")
 
     def deliver(self) -> None:
         """Send what waits in the outbox."""
@@ -177,11 +187,17 @@ class Demo:
         server = find_server(self.workspace)
         if not server.ours:
             raise ServingError(f"nothing was asked, {server.unserved}")
-        replay = replay_rows(server.address, recipe, frame, prefix=prefix)
+        replay = replay_rows(
+            server.address,
+            recipe,
+            frame,
+            prefix=prefix,
+            progress=lambda rows: self.doing(f"{rows} of {len(frame)} requests answered"),
+        )
         arrived = send_labels(server.address, replay.labels, share=share)
         self.say(
-            f"  {len(frame)} requests, {len(replay.failed)} failed, p99 {replay.p99_ms:.1f} ms; the true answers of "
-            f"{arrived} of them have arrived, the other {len(frame) - arrived} are still out"
+            f"   traffic   {len(frame)} requests, {len(replay.failed)} failed, p99 {replay.p99_ms:.1f} ms; "
+            f"{arrived} true answers have arrived, {len(frame) - arrived} are still out"
         )
         return replay, arrived
 
@@ -196,7 +212,7 @@ def first_release(demo: Demo) -> None:
         ["prepare", "explore", "train", "evaluate", "deploy"],
         {"prepare": {"selection": "2013-01..2013-03", "message": "the first three months"}},
     )
-    tell(demo, result)
+    expect_finished(result)
     demo.facts["parameters"] = outcome(result, "explore").read("parameters.json")
     demo.facts["deploy_seconds"] = outcome(result, "deploy").metrics["seconds"]
 
@@ -214,7 +230,7 @@ def late_truth(demo: Demo) -> None:
             "update": {"new_rows": arrived},
         },
     )
-    tell(demo, result)
+    expect_finished(result)
     demo.facts["decision"] = outcome(result, "update")
 
 # %% ../../nbs/pipeline/43_demo.ipynb #1615574c
@@ -238,7 +254,7 @@ def better_release(demo: Demo) -> None:
         },
         trigger=f"update of cycle {decision.cycle}: {decision.summary}",
     )
-    tell(demo, result)
+    expect_finished(result)
 
 # %% ../../nbs/pipeline/43_demo.ipynb #793c8c22
 def bad_batch(demo: Demo) -> None:
@@ -249,14 +265,14 @@ def bad_batch(demo: Demo) -> None:
     incoming.parent.mkdir(exist_ok=True)
     turned.to_parquet(incoming)
     batch = {"batch_file": str(incoming), "message": "June as delivered"}
-    tell(demo, demo.run("3-bad-batch", ["prepare"], {"prepare": batch}))
+    expect_finished(demo.run("3-bad-batch", ["prepare"], {"prepare": batch}))
     demo.say("   somebody forces the batch in; a model learns from it and meets the gates")
     result = demo.run(
         "4-forced",
         ["prepare", "train", "evaluate"],
         {"prepare": {**batch, "force": True}, "train": {"parameters": demo.facts["parameters"]}},
     )
-    tell(demo, result)
+    expect_finished(result)
     demo.facts["bad_release"] = outcome(result, "evaluate").read("release.json")["name"]
 
 # %% ../../nbs/pipeline/43_demo.ipynb #5c1989aa
@@ -265,20 +281,19 @@ def rolled_back(demo: Demo) -> None:
     demo.say(
         "5  the refused model is forced into service; August's true answers arrive; the monitor acts"
     )
-    tell(demo, demo.run("4-forced", ["deploy"], {"deploy": {"force": True}}))
+    expect_finished(demo.run("4-forced", ["deploy"], {"deploy": {"force": True}}))
     replay, _ = demo.traffic(demo.month(8))
     result = demo.run(
         "4-forced", ["monitor"], {"monitor": {"since": replay.since, "until": replay.until + 1.0}}
     )
-    tell(demo, result)
+    expect_finished(result)
     demo.facts["rollback"] = outcome(result, "monitor").metrics
     demo.facts["august"] = replay
 
-# %% ../../nbs/pipeline/43_demo.ipynb #fddf5a8c
-def tell(demo: Demo, result: CycleResult) -> None:
-    """Say in one line a stage what came of it."""
+# %% ../../nbs/pipeline/43_demo.ipynb #04ed13ef
+def expect_finished(result: CycleResult) -> None:
+    """Raise StageError when a stage failed; a refusal is no failure."""
     for stage in result.stages:
-        demo.say(f"   {stage.stage:<9} {stage.summary or stage.status}")
         if stage.failure is not None:
             raise StageError(
                 f"stage {stage.stage} of cycle {result.cycle} failed: {stage.failure.text}; see {stage.notebook}"
@@ -301,6 +316,7 @@ def promises(demo: Demo) -> list[Promise]:
     failed = [text for replay in replays for text in replay.failed]
     sent = Ledger(demo.workspace.ledger_url).messages(1000)
     waiting = [message for message in sent if message.sent_at is None]
+    longest = max(demo.seconds, key=lambda cycle: demo.seconds[cycle])
     return [
         *serving_promises(demo.workspace),
         *decision_promises(demo.workspace, facts["bad_release"], "flights"),
@@ -311,8 +327,20 @@ def promises(demo: Demo) -> list[Promise]:
             60,
             "s",
         ),
-        within("latency p99 under 100 ms", float(np.percentile(latencies, 99)), 100, "ms"),
-        within("the whole cycle in under 2 hours", max(demo.seconds.values()) / 60, 120, "min"),
+        within(
+            "latency p99 under 100 ms",
+            float(np.percentile(latencies, 99)),
+            100,
+            "ms",
+            f"of the {len(latencies)} requests of April and August together",
+        ),
+        within(
+            "a whole cycle in under 2 hours",
+            demo.seconds[longest] / 60,
+            120,
+            "min",
+            f"for the longest, {longest}",
+        ),
         Promise("no request failed", f"{len(failed)} of {len(latencies)} requests", not failed),
         Promise(
             "notifications are delivered",
@@ -329,7 +357,7 @@ def run_demo(
     folder: Path,
     *,
     say: Callable[[str], None],
-    progress: Callable[..., None] | None = None,
+    doing: Callable[[str], None] = lambda text: None,  # called with what is at work right now
 ) -> list[Promise]:
     """Play every chapter in `folder` and return the board; the workspace stays for looking around."""
     start = time.monotonic()
@@ -338,13 +366,14 @@ def run_demo(
     with webhook_receiver(received) as receiver:
         workspace = demo_workspace(folder, receiver.url)
         server = start_server(workspace)
-        demo = Demo(workspace, server, receiver, say, progress)
+        demo = Demo(workspace, server, receiver, say, doing)
         try:
             for chapter in CHAPTERS:
                 chapter(demo)
             board = promises(demo)
         finally:
             server.stop()
+            stop_parents(workspace.kernels)  # nothing of the demo is left running
     write_board(
         board, workspace.root, {"seconds": {**demo.seconds, "all": time.monotonic() - start}}
     )

@@ -118,14 +118,33 @@ def keep_evidence(stage: Stage, report: ValidationReport) -> dict[str, Path]:
 def snapshot_batch(
     stage: Stage,
     batch: pd.DataFrame,
+    report: ValidationReport,
+    *,
+    append: bool,
+    message: str,
+    force: bool,
+) -> Outcome:
+    """Store the accepted (or forced) batch as the next version of the data set, and return the stage's outcome.
+
+    The rows join the default version of this moment: a delivery that came in during the checks is not lost.
+    """
+    evidence = keep_evidence(stage, report)
+    with stage.data.taking_in():
+        previous = accepted_rows(stage) if append else None
+        return _store(stage, batch, previous, report, evidence, message=message, force=force)
+
+# %% ../../nbs/pipeline/31_prepare.ipynb #4aba1289
+def _store(
+    stage: Stage,
+    batch: pd.DataFrame,
     previous: pd.DataFrame | None,
     report: ValidationReport,
+    evidence: dict[str, Path],
     *,
     message: str,
     force: bool,
 ) -> Outcome:
-    """Store the accepted (or forced) batch as the next version of the data set, and return the stage's outcome."""
-    evidence = keep_evidence(stage, report)
+    """Store the batch behind the rows before; no other delivery comes in meanwhile."""
     recipe, by = stage.recipe, decided_by(stage)
     key = str(recipe.features.key)
     intake = take_in(
