@@ -20,9 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
 
+README = (ROOT / "README.md").read_text()
+
+
 def blocks() -> list[str]:
     """Every bash block of the README."""
-    return re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return re.findall(r"```bash\n(.*?)```", README, re.S)
 
 
 def commands(block: str) -> list[str]:
@@ -30,7 +33,9 @@ def commands(block: str) -> list[str]:
     return [line.split("  #")[0].strip() for line in block.splitlines() if line.strip()]
 
 
-def run(command: str, folder: Path, seconds: float = 900) -> subprocess.CompletedProcess[str]:
+def run(
+    command: str, folder: Path, seconds: float = 900, exit_code: int = 0
+) -> subprocess.CompletedProcess[str]:
     """Run one command as a person would; fail with what it printed."""
     done = subprocess.run(
         shlex.split(command),
@@ -40,7 +45,7 @@ def run(command: str, folder: Path, seconds: float = 900) -> subprocess.Complete
         timeout=seconds,
         env={**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "120"},
     )
-    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == exit_code, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
 
@@ -125,12 +130,18 @@ def test_make_test_is_the_gate_and_the_tests(clone: Path) -> None:
 
 @pytest.fixture(scope="module")
 def own_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table of somebody's own: gaps, words and numbers, and a label that follows from them."""
-    generator = np.random.default_rng(3)
-    rows = 1500
+    """A table of somebody's own: rows without a name, gaps, words and numbers, and a label that follows from them."""
+    path = tmp_path_factory.mktemp("own") / "customers.csv"
+    customers(1500, seed=3).to_csv(path, index=False)
+    return path
+
+
+def customers(rows: int, seed: int) -> pd.DataFrame:
+    """Customers of one month, and who left."""
+    generator = np.random.default_rng(seed)
     frame = pd.DataFrame(
         {
-            "customer": [f"c{i:05d}" for i in range(rows)],
+            "since": pd.date_range("2024-01-01", periods=rows, freq="3h").strftime("%Y-%m-%d"),
             "age": generator.integers(18, 80, rows).astype(float),
             "plan": generator.choice(["basic", "plus", "team"], rows),
             "minutes": generator.gamma(2.0, 60.0, rows).round(1),
@@ -140,12 +151,10 @@ def own_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chance = 1 / (1 + np.exp(-2 * score))
     frame["left"] = np.where(generator.random(rows) < chance, "yes", "no")
     frame.loc[generator.random(rows) < 0.05, "age"] = np.nan
-    path = tmp_path_factory.mktemp("own") / "customers.csv"
-    frame.to_csv(path, index=False)
-    return path
+    return frame
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def served(own_table: Path) -> Iterator[tuple[Path, str]]:
     """The README's four commands on that table; the last one is a server, which is stopped at the end."""
     folder = own_table.parent
@@ -185,3 +194,29 @@ def test_a_persons_own_table_becomes_a_service(served: tuple[Path, str]) -> None
     assert told.json()["accepted"] == 1
     wrong = httpx.post(f"{url}/predict", json={"rows": [{**row, "age": "old"}]})
     assert wrong.status_code == 422 and "age" in wrong.text
+
+
+@pytest.mark.timeout(300)
+def test_the_next_month_and_the_answered_requests_join_the_data(
+    served: tuple[Path, str], own_table: Path
+) -> None:
+    folder, url = served
+    line = re.search(r"`(mwb run --cycle new -p prepare\.batch_file=)NEXT\.csv`", README)
+    assert line is not None
+    following = own_table.with_name("next.csv")
+    customers(500, seed=4).to_csv(following, index=False)
+    said = run(f"{line[1]}{following} prepare", folder).stdout
+    assert "mine@v1.1: 2000 rows, 500 of them new, accepted" in said
+    renamed = own_table.with_name("renamed.csv")
+    customers(500, seed=5).rename(columns={"minutes": "minute"}).to_csv(renamed, index=False)
+    refused = run(f"{line[1]}{renamed} prepare", folder, exit_code=4)
+    assert "minutes: the column is missing; is 'minute' meant?" in refused.stderr
+    begun = time.time()
+    asked = customers(300, seed=6)
+    rows = json.loads(asked.drop(columns=["since", "left"]).to_json(orient="records"))
+    answers = httpx.post(f"{url}/predict", json={"rows": rows}, timeout=30).json()["predictions"]
+    truth = [{"id": a["id"], "label": left} for a, left in zip(answers, asked.left, strict=True)]
+    assert httpx.post(f"{url}/feedback", json={"feedback": truth}).json()["accepted"] == 300
+    window = f"-p prepare.log_since={begun - 1} -p prepare.log_until={time.time() + 1}"
+    said = run(f"mwb run prepare --cycle new {window}", folder).stdout
+    assert "mine@v1.2: 2300 rows, 300 of them new, accepted" in said

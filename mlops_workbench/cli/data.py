@@ -58,15 +58,14 @@ def data() -> None:
 def _snapshot_rows(store: DataStore, name: str, file: Path | None, selection: str) -> pd.DataFrame:
     """The rows of a file, or of the recipe's source; raises UsageError when neither can give them."""
     from mlops_workbench.data.sources import read_table
-    from mlops_workbench.pipeline.prepare import named_labels
-    from mlops_workbench.recipes.protocol import load_recipe
+    from mlops_workbench.recipes.protocol import delivered_rows, load_recipe
 
     recipe = load_recipe(store.workspace.settings.workspace.recipe, store.root)
     if file is not None:
         if not file.is_file():
             raise UsageError(f"expected a file with rows, found none at {file}; check the path")
         rows = read_table(str(file), file)
-        return named_labels(recipe, rows) if name == recipe.dataset else rows
+        return delivered_rows(recipe, rows) if name == recipe.dataset else rows
     if name != recipe.dataset:
         raise UsageError(
             f"expected --from FILE for the data set {name!r}, found none; only {recipe.dataset!r} "

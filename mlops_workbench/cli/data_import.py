@@ -102,12 +102,11 @@ def _read(store: DataStore, source: str, labels: Path | None, work: Path) -> Sou
 
 # %% ../../nbs/cli/29_data_import.ipynb #cff1dd7c
 def _rows(store: DataStore, name: str, found: Source) -> pd.DataFrame:
-    """The rows of a source; for the recipe's data set with the numbers of the classes that its labels name.
+    """The rows of a source; for the recipe's data set in the form of its table.
 
     Raises UsageError for files of pictures that the recipe does not read.
     """
-    from mlops_workbench.pipeline.prepare import named_labels
-    from mlops_workbench.recipes.protocol import load_recipe
+    from mlops_workbench.recipes.protocol import delivered_rows, load_recipe
 
     recipe = load_recipe(store.workspace.settings.workspace.recipe, store.root)
     if name != recipe.dataset:
@@ -119,4 +118,4 @@ def _rows(store: DataStore, name: str, found: Source) -> pd.DataFrame:
             f"{recipe.features.label}), found a folder of picture files; store the files under another name than "
             f"{name!r}, and let a recipe of yours read them from there"
         )
-    return named_labels(recipe, found.frame)
+    return delivered_rows(recipe, found.frame)

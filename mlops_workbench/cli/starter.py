@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MISSING', 'COUNTED_VALUES', 'Use', 'open_table', 'separator_of', 'ColumnCount', 'is_number', 'is_moment',
-           'plain_value', 'ColumnGuess', 'guess_use', 'looks_like_key', 'guess_key', 'label_guess', 'TableGuess',
-           'read_columns', 'guess_table', 'write_plain_copy']
+           'plain_value', 'ColumnGuess', 'guess_use', 'looks_like_key', 'guess_key', 'holds_words', 'label_guess',
+           'TableGuess', 'read_columns', 'guess_table', 'write_plain_copy']
 
 # %% ../../nbs/cli/05_starter.ipynb #4bbc4f55
 import csv
@@ -161,12 +161,16 @@ def looks_like_key(name: str) -> bool:
 
 # %% ../../nbs/cli/05_starter.ipynb #9caadfd9
 def guess_key(columns: list[ColumnCount], rows: int, label: str) -> str | None:
-    """The first column that numbers the rows: every value once, none missing, and named like it."""
-    for column in columns:
-        once = len(column.unique) == column.present == rows
-        if once and column.name != label and looks_like_key(column.name):
-            return column.name
-    return None
+    """The first column with every value once, none missing, that is named like a key or holds one word a row."""
+    once = [c for c in columns if len(c.unique) == c.present == rows and c.name != label]
+    named = (c.name for c in once if looks_like_key(c.name))
+    words = (c.name for c in once if not (c.numbers or c.moments) and holds_words(c))
+    return next(named, None) or next(words, None)
+
+# %% ../../nbs/cli/05_starter.ipynb #b5e0b567
+def holds_words(column: ColumnCount) -> bool:
+    """True when no value has a space inside: names of things, such as c00017, and no sentences."""
+    return not any(len(value.split()) > 1 for value in column.values)
 
 # %% ../../nbs/cli/05_starter.ipynb #120b9333
 def label_guess(column: ColumnCount, rows: int) -> ColumnGuess:

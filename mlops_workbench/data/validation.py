@@ -212,9 +212,9 @@ def _check_columns(
         ]
     if previous is None or key not in frame:
         return problems
-    missing = {problem.column for problem in problems if problem.text.startswith(MISSING)}
     found = check_against(frame, previous, key, limits.maximum_missing_share_change, skip)
-    problems += [problem for problem in found if problem.column not in missing]
+    missing = {problem.column for problem in found if problem.text.startswith(MISSING)}
+    problems = [p for p in problems if p.text != MISSING or p.column not in missing] + found
     whole = {problem.column for problem in problems if problem.severity == "refuse"}
     more = check_consistency(frame, previous, skip=skip, **names)
     return problems + [problem for problem in more if problem.column not in whole]

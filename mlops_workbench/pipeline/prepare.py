@@ -18,12 +18,11 @@ from ..data.validation import ValidationReport
 from ..monitoring.prediction_store import read_window
 from .outcome import Outcome, decided_by, standing_version, write_output
 from .stage import Stage
-from ..recipes.protocol import Recipe, label_numbers
+from ..recipes.protocol import Recipe, delivered_rows
 from ..release.deployment import set_default_data
 
 # %% auto #0
-__all__ = ['read_batch', 'named_labels', 'read_file', 'labelled_requests', 'accepted_rows', 'check_batch', 'keep_evidence',
-           'snapshot_batch']
+__all__ = ['read_batch', 'read_file', 'labelled_requests', 'accepted_rows', 'check_batch', 'keep_evidence', 'snapshot_batch']
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #46c80e8f
 def read_batch(stage: Stage) -> pd.DataFrame:
@@ -31,22 +30,13 @@ def read_batch(stage: Stage) -> pd.DataFrame:
     values = {name: str(value) for name, value in stage.parameters.items()}
     if values["batch_file"]:
         path = stage.input(Path(values["batch_file"]))
-        return named_labels(stage.recipe, read_file(stage.workspace.root, str(path)))
+        return delivered_rows(stage.recipe, read_file(stage.workspace.root, str(path)))
     since, until = float(values["log_since"]), float(values["log_until"])
     if since:
         return labelled_requests(stage.workspace, stage.recipe, since, until)
     if source := getattr(stage.recipe, "source_file", None):
         stage.input(source)
     return stage.recipe.source(values["selection"])
-
-# %% ../../nbs/pipeline/31_prepare.ipynb #497e7c5a
-def named_labels(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with names of classes in the label column replaced by their numbers."""
-    label = recipe.features.label
-    names = set(recipe.features.classes)
-    if label not in frame or not set(frame[label]) <= names:
-        return frame
-    return frame.assign(**{label: label_numbers(recipe.features, frame[label], delivered=True)})
 
 # %% ../../nbs/pipeline/31_prepare.ipynb #9894d5a1
 def read_file(root: Path, name: str) -> pd.DataFrame:
@@ -98,6 +88,7 @@ def check_batch(
         label=features.label,
         schema=stage.recipe.schema(),
         features=[feature.name for feature in features.features],
+        skip=[str(features.key)] if stage.parameters.get("log_since") else [],  # ids of requests
     )
     assert report is not None, "every row of a batch is judged"
     return report

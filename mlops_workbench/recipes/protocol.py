@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Scalar', 'Arrays', 'SHIPPED', 'Recipe', 'label_numbers', 'encode', 'select_rows', 'split_by_time', 'split_by_hash',
-           'load_recipe', 'tidy']
+           'load_recipe', 'tidy', 'number_rows', 'delivered_rows']
 
-# %% ../../nbs/recipes/00_protocol.ipynb #bcaa55d7
+# %% ../../nbs/recipes/00_protocol.ipynb #6df490a2
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -306,17 +307,21 @@ def tidy(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
     tidied = pd.DataFrame({name: frame[name] for name in dict.fromkeys(names)}).reset_index(
         drop=True
     )
-    converters: dict[str, Callable[[pd.Series[Any]], pd.Series[Any]]] = {
-        "number": _as_numbers,
-        "category": _as_text,
-    }
-    for feature in features.features:
-        if feature.kind in converters:
-            tidied[feature.name] = converters[feature.kind](tidied[feature.name])
-    if features.key:
-        tidied[features.key] = tidied[features.key].astype(str)
-    tidied[features.label] = label_numbers(features, tidied[features.label], delivered=True)
+    for name, convert in _converters(features).items():
+        tidied[name] = convert(tidied[name])
     return tidied
+
+# %% ../../nbs/recipes/00_protocol.ipynb #05292ac7
+def _converters(features: FeatureSchema) -> "dict[str, Callable[[pd.Series[Any]], pd.Series[Any]]]":
+    """How the values of each column become those of the recipe's table."""
+    kinds = {"number": _as_numbers, "category": _as_text}
+    found = {each.name: kinds[each.kind] for each in features.features if each.kind in kinds}
+    if features.key:
+        found[features.key] = lambda column: column.astype(str)
+    found[features.label] = lambda column: pd.Series(
+        label_numbers(features, column, delivered=True), column.index
+    )
+    return found
 
 # %% ../../nbs/recipes/00_protocol.ipynb #aa744d59
 def _as_numbers(column: "pd.Series[Any]") -> "pd.Series[Any]":
@@ -340,3 +345,32 @@ def _as_text(column: "pd.Series[Any]") -> "pd.Series[Any]":
         .map(lambda value: None if pd.isna(value) else str(value))
         .astype(object)
     )
+
+# %% ../../nbs/recipes/00_protocol.ipynb #72c1d0ac
+def number_rows(
+    rows: int,
+    batch: int = 0,  # of eight digits; 0: the rows that the recipe's source gives
+) -> list[str]:
+    """A key for each row of a table without one, such as 00000000-00000017."""
+    return [f"{batch:08d}-{number:08d}" for number in range(rows)]
+
+# %% ../../nbs/recipes/00_protocol.ipynb #2197d1c1
+def delivered_rows(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a delivery in the form of the recipe's table, as far as they fit; nothing is refused here.
+
+    Columns that the recipe ignores are left out. Where the recipe numbers the rows, they get a key from the content of the
+    delivery: the same delivery has the same keys, another one has others.
+    """
+    features = recipe.features
+    used = {recipe.time_column, *recipe.slices, features.key, features.label}
+    rows = frame.drop(columns=[n for n in features.ignored if n in frame and n not in used])
+    rows = rows.reset_index(drop=True)
+    for name, convert in _converters(features).items():
+        if name in rows:
+            with contextlib.suppress(DataError):
+                rows[name] = convert(rows[name])
+    if getattr(recipe, "numbered", False) and features.key not in rows:
+        content = pd.util.hash_pandas_object(rows.astype(str), index=False).to_numpy().tobytes()
+        batch = int(hashlib.sha256(content).hexdigest(), 16) % 10**8
+        rows.insert(0, str(features.key), number_rows(len(rows), batch))
+    return rows

@@ -24,6 +24,7 @@ from mlops_workbench.recipes.protocol import (
     select_rows,
     split_by_hash,
     split_by_time,
+    number_rows,
     tidy,
 )
 
@@ -154,7 +155,7 @@ class TabularRecipe:
         self.time_column = time_column
         self.slices = tuple(slices)
         self.bins = bins
-        self._numbered = key is None
+        self.numbered = key is None  # deliveries are numbered too
         self._source = source
         self._time_pattern = time_pattern
         self._group_pattern = group_pattern
@@ -222,8 +223,8 @@ class TabularRecipe:
     def source(self, selection: str = "all") -> pd.DataFrame:
         """Rows from the file, in one form; see `Recipe.source`."""
         rows = self._source() if callable(self._source) else read_table(Path(self._source))
-        if self._numbered:
-            rows = rows.assign(row=[f"{number:08d}" for number in range(len(rows))])
+        if self.numbered:
+            rows = rows.assign(row=number_rows(len(rows)))
         frame = tidy(self, rows)
         return select_rows(frame, selection, self.times(frame) if self.time_column else None)
 
