@@ -628,7 +628,7 @@ def test_the_decision_to_train_again_knows_what_is_new(
     assert decide(workspace, waiting_rows=60).verdict == "retrain"
     store.snapshot("flights", rows, key="flight", label="late", message="April")
     now = decide(workspace)
-    assert now.retrain and "50 new labelled rows" in now.summary
+    assert now.retrain and "50 labelled rows" in now.summary
     assert "late" not in {reason["name"] for reason in now.trigger["reasons"]}
     ledger = Ledger(workspace.ledger_url)
     with ledger.decision("data", actor="t", subject="x", verdict="v", reason="back") as change:

@@ -478,11 +478,11 @@ while epoch < {EPOCHS}:
     time.sleep(0.06)
     epoch += 1
     stage.recorder.metric("loss", 1.0 / epoch, step=epoch)
+    log.write(f"{{epoch}}\\n")
+    log.flush()
     partial = point.with_suffix(".partial")
     partial.write_text(json.dumps({{"epoch": epoch}}))
     partial.replace(point)
-    log.write(f"{{epoch}}\\n")
-    log.flush()
 """
 LOOP = {
     "1_make": stage_cells("make"),

@@ -220,3 +220,32 @@ def test_the_next_month_and_the_answered_requests_join_the_data(
     window = f"-p prepare.log_since={begun - 1} -p prepare.log_until={time.time() + 1}"
     said = run(f"mwb run prepare --cycle new {window}", folder).stdout
     assert "mine@v1.2: 2300 rows, 300 of them new, accepted" in said
+
+
+@pytest.mark.timeout(300)
+def test_a_forced_batch_that_was_taken_back_is_not_forced_in_again(
+    served: tuple[Path, str], own_table: Path
+) -> None:
+    folder, _ = served
+    before = default_version(folder)
+    turned = customers(400, seed=7)
+    turned["left"] = np.where(turned["left"] == "yes", "no", "yes")
+    wrong = own_table.with_name("wrong.csv")
+    turned.to_csv(wrong, index=False)
+    batch = f"mwb run prepare --cycle new -p prepare.batch_file={wrong}"
+    said = run(batch, folder, exit_code=4).stderr
+    assert "labels look wrong" in said and "prepare.force=true" in said
+    run("mwb run prepare -p prepare.force=true", folder)
+    forced = default_version(folder)
+    assert forced != before
+    run(f"mwb data rollback {before} -m mistaken", folder)
+    again = run("mwb run prepare", folder).stdout
+    assert default_version(folder) == before, again
+    said = run(f"{batch} -p prepare.force=true", folder).stdout
+    assert default_version(folder) == forced and "forced although the checks refuse it" in said
+
+
+def default_version(folder: Path) -> str:
+    """The version that the next delivery joins."""
+    listed = json.loads(run("mwb data list --json", folder).stdout)
+    return next(row["ref"] for row in listed if row["state"].startswith("default"))

@@ -157,9 +157,9 @@ def take_rows(
         if intake.version is None:
             assert report is not None, "only a report refuses"
             raise refuse(name, report)
-        if intake.verdict != "unchanged":
-            reason = f"{intake.rows} rows {intake.verdict}{f': {message}' if message else ''}"
-            set_default_data(store.workspace, intake.version.ref, reason=reason, **by)
+        said = f"{intake.rows} rows {intake.verdict}{f': {message}' if message else ''}"
+        reason = "the same rows again" if intake.version.unchanged else said
+        set_default_data(store.workspace, intake.version.ref, reason=reason, **by)
         return intake
 
 # %% ../../nbs/cli/26_data_support.ipynb #5bdf5603

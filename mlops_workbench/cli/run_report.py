@@ -102,4 +102,5 @@ def next_steps(workspace: Workspace, outcome: StageOutcome) -> Iterator[tuple[st
         yield "deploy it all the same", "mwb run deploy -p deploy.force=true"
     elif outcome.stage == "prepare":
         yield "see the rows and checks", str(outcome.notebook)
+        yield "go on without these rows", "mwb run --cycle new"
         yield "store it all the same", "mwb run prepare -p prepare.force=true"

@@ -193,12 +193,14 @@ def take_in(
         assert waiting is not None, "a report with this verdict holds rows"
         _record(store, name, report, by, place, waiting.ref)
     version = store.snapshot(name, table, key=key, label=label, force=force, report=report, **more)
-    forced = report is not None and report.verdict == "refuse"
+    forced = (
+        version.forced if version.unchanged else report is not None and report.verdict == "refuse"
+    )
     came = 0 if version.unchanged else int(delivery.new.sum()) - len(held)
     verdict: Literal["accepted", "quarantined", "forced", "unchanged"] = (
         "quarantined" if waiting is not None else "forced" if forced else "accepted"
     )
-    if version.unchanged and waiting is None:
+    if version.unchanged and waiting is None and not forced:
         verdict = "unchanged"
     return Intake(verdict, report, version, came, waiting, len(held))
 

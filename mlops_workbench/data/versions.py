@@ -117,7 +117,7 @@ class DataStore:
         parent: str | None = None,  # what this table was made from; default: the newest version
         pictures: str = "",  # the column that holds the content of files; default: as the parent
     ) -> DataVersion:
-        """Store the table as the next version; the newest one comes back when nothing changed.
+        """Store the table as the next version; the newest one or the parent comes back when nothing changed.
 
         Raises DataError (unfit table, full disk), DataRefusedError (a report that refuses), ConflictError (the lock).
         """
@@ -142,6 +142,8 @@ class DataStore:
                 )
                 if same and same[-1] is known[-1]:
                     return replace(parse_tag(same[-1]), unchanged=True)
+                if base is not None and base.version.digest == rows.digest and base.is_whole():
+                    return replace(base.version, unchanged=True)
                 return job.run(report, StoredFiles.of(same[-1]) if same else None)
 
     def snapshot_folder(

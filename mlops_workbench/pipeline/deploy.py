@@ -85,6 +85,7 @@ def deploy_release(
     where = f"first answer after {seconds:.2f} s"
     if answered is None:
         where = find_server(stage.workspace).unserved
+    came = f"replaced {change.previous or 'nothing'}" if change.decision_id else "serves already"
     record = {
         "release": change.name,
         "digest": change.digest,
@@ -93,7 +94,7 @@ def deploy_release(
     }
     return Outcome(
         verdict="deployed",
-        summary=f"{change.name} ({change.data_version}) replaced {change.previous or 'nothing'}; {where}",
+        summary=f"{change.name} ({change.data_version}) {came}; {where}",
         metrics={"seconds": seconds},
         outputs={"deployment.json": write_output(stage, "deployment.json", record)},
     )

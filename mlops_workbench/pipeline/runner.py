@@ -32,6 +32,7 @@ from mlops_workbench.pipeline.cycles import (
     open_runs,
     read_cycle,
 )
+from .data_line import counts
 from mlops_workbench.pipeline.manifest import (
     NOTEBOOK_FILE,
     Failure,
@@ -192,12 +193,22 @@ class Plan:
 
     def values(self, stage: StageNotebook, cycle: Cycle | None) -> dict[str, JsonValue]:
         """The parameters of a stage: those given now, else those the unfinished cycle was begun with, else its own."""
-        earlier = (
-            cycle.parameters.get(stage.name, {})
-            if cycle is not None and not self.complete(cycle)
-            else {}
-        )
+        earlier = self.remembered(cycle).get(stage.name, {}) if cycle is not None else {}
         return stage.schema.check({**earlier, **self.given.get(stage.name, {})})
+
+    def remembered(self, cycle: Cycle) -> dict[str, dict[str, Any]]:
+        """The parameters that an unfinished cycle was begun with, but not those of a run that was taken back.
+
+        Whoever takes a forced batch back does not want the next call to force it in again.
+        """
+        if self.complete(cycle):
+            return {}
+        return {
+            name: values
+            for name, values in cycle.parameters.items()
+            if (run := finished_run(self.workspace, cycle, name)) is None
+            or counts(self.workspace, run)
+        }
 
     def complete(self, cycle: Cycle) -> bool:
         """Whether every stage of the workspace has a finished run in a cycle."""

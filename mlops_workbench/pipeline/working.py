@@ -127,7 +127,7 @@ def _cycle_for(
         cycle, continued = create_cycle(plan.workspace, name, trigger or ""), False
     else:
         cycle, continued = found, not complete
-    kept = {} if complete else cycle.parameters
+    kept = plan.remembered(cycle)
     merged = {
         name: {**kept.get(name, {}), **plan.given.get(name, {})} for name in {**kept, **plan.given}
     }
