@@ -315,6 +315,7 @@ def tidy(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
 def _converters(features: FeatureSchema) -> "dict[str, Callable[[pd.Series[Any]], pd.Series[Any]]]":
     """How the values of each column become those of the recipe's table."""
     kinds = {"number": _as_numbers, "category": _as_text}
+    found: dict[str, Callable[[pd.Series[Any]], pd.Series[Any]]]
     found = {each.name: kinds[each.kind] for each in features.features if each.kind in kinds}
     if features.key:
         found[features.key] = lambda column: column.astype(str)
