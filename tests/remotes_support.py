@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -255,12 +254,3 @@ def start_command(root: Path, *words: str, environment: dict[str, str]) -> "subp
         text=True,
         start_new_session=True,
     )
-
-
-def kill_group(process: "subprocess.Popen[str]") -> bool:
-    """Kill a process and what it started; False when it had ended before."""
-    ended = process.poll() is not None
-    if not ended:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
-    return not ended

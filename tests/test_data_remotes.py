@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from data_support import files_under, flip_byte, new_store, table
+from data_support import files_under, flip_byte, kill_group, new_store, table
 from remotes_support import (
     BUCKET,
     ExpiringProxy,
     S3Server,
     SSHServer,
-    kill_group,
     start_command,
     start_s3,
     start_ssh,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from data_support import (
     files_under,
+    kill_group,
     new_store,
     result_of,
     start_snapshot,
@@ -17,7 +18,7 @@ from data_support import (
 )
 from experiment_support import benchmark_module
 from pipeline_support import make_workspace, share_kernels, stage_cells
-from remotes_support import kill_group, start_command
+from remotes_support import start_command
 
 from mlops_workbench.cli.main import main
 from mlops_workbench.core.ledger import Ledger
