@@ -58,14 +58,20 @@ def test_nothing_planted_accuses_in_at_most_one_of_twenty(tmp_path: Path) -> Non
 
 
 def test_random_noise_is_small_and_its_rows_are_named_all_the_same(tmp_path: Path) -> None:
-    """9 % wrong labels in the version: the accuracy hardly moves, the rows are named with 95 % precision and 85 % recall."""
-    small = 0
+    """9 % wrong labels in the version: the accuracy hardly moves, the rows are named with 95 % precision and 85 % recall.
+
+    Over all seeds together: one seed has about 80 wrong rows, its own share moves by 3 points by chance alone.
+    """
+    small, wrong, named, rightly = 0, 0, 0, 0
     for seed in SEEDS:
         planted, found = told(tmp_path / str(seed), seed, "noise")
         small += found.is_small
         assert found.version == planted.guilty_version, seed
-        precision, recall = score(found.guilty_keys, planted.wrong)
-        assert precision >= 0.90 and recall >= 0.85, (seed, precision, recall)
+        hits = len(set(found.guilty_keys) & set(planted.wrong))
+        wrong, named = wrong + len(planted.wrong), named + len(found.guilty_keys)
+        rightly += hits
+        assert hits >= 0.8 * len(found.guilty_keys) and hits >= 0.8 * len(planted.wrong), seed
+    assert rightly >= 0.95 * named and rightly >= 0.85 * wrong, (wrong, named, rightly)
     assert small >= 16, small
 
 

@@ -43,6 +43,7 @@ def drop(
 
     Example: mwb data drop flights@v1.2 --keys-from guilty_keys.json -m "labels were off by one"
     """
+    from mlops_workbench.cli.data_support import version_columns
     from mlops_workbench.data.drop import drop_rows, read_keys
     from mlops_workbench.data.versions import DataStore
     from mlops_workbench.release.deployment import set_default_data
@@ -52,7 +53,9 @@ def drop(
     keys = read_keys(keys_file if keys_file.exists() or not beside.exists() else beside)
     store = DataStore(opened)
     with store.taking_in():
-        version = drop_rows(store, ref, keys, message=message, as_in=as_in)
+        about = version_columns(store, ref.partition("@")[0], [], "", "")
+        checks = {name: about[name] for name in ("schema", "features") if name in about}
+        version = drop_rows(store, ref, keys, message=message, as_in=as_in, **checks)
         set_default_data(opened, version.ref, actor=getpass.getuser(), reason=version.message)
     record = {
         "ref": version.ref,

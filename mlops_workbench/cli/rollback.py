@@ -32,15 +32,22 @@ def rollback(to: str | None, reason: str, bar: bool, workspace: Path | None) -> 
     """
     import time
 
+    from mlops_workbench.pipeline.data_line import withdrawn_versions
     from mlops_workbench.pipeline.deploy import wait_for_release
     from mlops_workbench.release import deployment
 
     opened = Workspace.open(workspace)
     server = find_server(opened)
+    known = withdrawn_versions(opened)
     start = time.monotonic()
     change = deployment.rollback(opened, to, actor=getpass.getuser(), reason=reason, bar=bar)
     again = "serves again" if server.ours else "is the champion again"
     click.echo(f"{change.name} ({change.data_version}) {again} in place of {change.previous}")
+    if gone := sorted(withdrawn_versions(opened) - known):
+        click.echo(
+            f"the data go back with it: {', '.join(gone)} {'does' if len(gone) == 1 else 'do'} not count any more; "
+            f"nothing is deleted, `mwb data rollback {gone[-1]}` brings {'it' if len(gone) == 1 else 'the last one'} back"
+        )
     answered = wait_for_release(opened, change.digest, 30.0) if server.ours else None
     if answered is None:
         server = find_server(opened) if server.ours else server

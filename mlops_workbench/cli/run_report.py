@@ -93,6 +93,15 @@ def next_steps(workspace: Workspace, outcome: StageOutcome) -> Iterator[tuple[st
         ledger = Ledger(workspace.ledger_url)
         release = ledger.release(str(manifest.read("release.json")["digest"]))
         yield "see every gate", f"mwb release show {release.name}"
+        gates = manifest.read("gates.json")["results"] if "gates.json" in manifest.outputs else []
+        if any(gate["name"].startswith("data:") and not gate["passed"] for gate in gates):
+            from mlops_workbench.data.drop import before_force
+            from mlops_workbench.data.versions import DataStore
+
+            store = DataStore(workspace)
+            clean = before_force(store, store.resolve(manifest.data_version))
+            if clean is not None:
+                yield "leave the forced rows out", f"mwb data rollback {clean.ref}"
         slot = ledger.slot("champion")
         if slot is not None and slot.digest != release.digest:
             champion = ledger.release(slot.digest)
@@ -102,5 +111,6 @@ def next_steps(workspace: Workspace, outcome: StageOutcome) -> Iterator[tuple[st
         yield "deploy it all the same", "mwb run deploy -p deploy.force=true"
     elif outcome.stage == "prepare":
         yield "see the rows and checks", str(outcome.notebook)
+        yield "when the rows are corrected", "mwb run"
         yield "go on without these rows", "mwb run --cycle new"
         yield "store it all the same", "mwb run prepare -p prepare.force=true"

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from textwrap import shorten as shorten_text
 from typing import Any
 
 import click
@@ -165,19 +166,22 @@ def _attempt(run: Path) -> int:
     text = run.name.rpartition("-")[2]
     return int(text) if text.isdigit() else 0
 
-# %% ../../nbs/cli/06_status.ipynb #6c0b4496
-def monitor_state(workspace: Workspace) -> dict[str, Any]:
-    """The monitor's last look: its age, its verdicts, and the alerts that are on."""
+# %% ../../nbs/cli/06_status.ipynb #bc9908b6
+def monitor_state(workspace: Workspace, champion: str = "") -> dict[str, Any]:
+    """The monitor's last look: its age, its verdicts, and the alerts that are on about the release that serves now."""
     path = workspace.monitoring / "latest.json"
     snapshot = read_or_empty(path)
     if not snapshot:
         return {"alerts": []}
+    measured = str((snapshot.get("release") or {}).get("name", ""))
+    gone = bool(champion and measured and measured != champion)
     age = max(0.0, timestamp() - float(snapshot.get("at_seconds") or path.stat().st_mtime))
     return {
         "age_seconds": round(age, 1),
         "old": age > workspace.settings.monitoring.maximum_age_seconds,
         "summary": str(snapshot.get("summary", "")),
-        "alerts": firing(snapshot.get("alerts")),
+        "alerts": [] if gone else firing(snapshot.get("alerts")),
+        "over": f"{measured} serves no longer, its alarms are over" if gone else "",
     }
 
 # %% ../../nbs/cli/06_status.ipynb #caeaafc8
@@ -226,18 +230,32 @@ def _listens(host: str, port: int) -> bool:
 
 # %% ../../nbs/cli/06_status.ipynb #519f4f86
 def data_versions(workspace: Workspace) -> list[dict[str, Any]]:
-    """The newest version of each data set, from the version files in git."""
-    rows = []
-    for path in sorted((workspace.root / "data").glob("*.json")):
-        found = read_or_empty(path)
-        if "name" in found and "version" in found:
-            ref = f"{found['name']}@{found['version']}"
-            rows.append(
-                {
-                    "version": ref,
-                    **{key: found.get(key, "") for key in ("rows", "created_at", "message")},
-                }
-            )
+    """The default version of each data set, or the newest where none was decided, and how many came after it."""
+    import json
+
+    from mlops_workbench.data.tags import read_tags
+    from mlops_workbench.pipeline.data_line import default_versions
+
+    known: dict[str, dict[str, dict[str, Any]]] = {}
+    try:
+        tags = read_tags(workspace.root)
+    except WorkbenchError:  # outside git there are no versions
+        tags = []
+    for tag in tags:
+        known.setdefault(tag.name, {})[tag.ref] = json.loads(tag.record)
+    defaults, rows = default_versions(workspace), []
+    for name, versions in sorted(known.items()):
+        refs = list(versions)
+        place = refs.index(defaults[name]) if defaults.get(name) in refs else len(refs) - 1
+        about = versions[refs[place]]
+        rows.append(
+            {
+                "version": refs[place],
+                "state": "default" if name in defaults else "newest",
+                "later": len(refs) - 1 - place,
+                **{key: about.get(key, "") for key in ("rows", "created_at", "message")},
+            }
+        )
     return rows
 
 # %% ../../nbs/cli/06_status.ipynb #e9159ea2
@@ -252,13 +270,14 @@ def overview(workspace: Workspace, limit: int = 5) -> dict[str, Any]:
         "root": str(workspace.root),
         "recipe": workspace.settings.workspace.recipe,
     }
+    champion = next((s["release"] for s in ledger["slots"] if s["slot"] == "champion"), "")
     plain = to_plain(
         {
             "workspace": about,
             "data": data_versions(workspace),
             **ledger,
             "cycle": last_cycle(workspace),
-            "monitor": monitor_state(workspace),
+            "monitor": monitor_state(workspace, champion),
             "services": list(services(workspace)),
             "channels": sorted(workspace.settings.notify.channels),
         }
@@ -268,11 +287,13 @@ def overview(workspace: Workspace, limit: int = 5) -> dict[str, Any]:
 
 # %% ../../nbs/cli/06_status.ipynb #faf2c9fa
 def _section(title: str, rows: list[dict[str, Any]], empty: str) -> str:
-    """One titled table; moments are shown as ages."""
+    """One titled table; moments are shown as ages, long texts cut."""
     shown = [
         {
             key: age_of(value)
             if key in ("since", "at", "finished", "created_at", "until")
+            else shorten_text(value, 100, placeholder=" ...")
+            if isinstance(value, str)
             else value
             for key, value in row.items()
             if key != "id"
@@ -292,7 +313,8 @@ def status_text(status: dict[str, Any]) -> str:
         looked = (
             f"looked {age_text(monitor['age_seconds'])}{', which is old' if monitor['old'] else ''}"
         )
-        looked += f": {monitor['summary']}" if monitor["summary"] else ""
+        said = [monitor["over"]] if monitor["over"] else monitor["summary"].split("; ")
+        looked += "".join(f"\n  {part}" for part in filter(None, said))
     parts = [
         f"workspace {about['name']} at {about['root']}, recipe {about['recipe']}",
         _section("serving", status["slots"], "nothing serves yet: mwb run"),
@@ -302,7 +324,8 @@ def status_text(status: dict[str, Any]) -> str:
             cycle.get("stages", []),
             "none yet: mwb run",
         ),
-        _section(f"alerts ({looked})", monitor["alerts"], "none"),
+        f"monitor, {looked}" if looked.startswith("looked") else looked,
+        _section("alerts", monitor["alerts"], "none"),
         _section("last decisions", status["decisions"], "none yet"),
         _section("services", status["services"], "none"),
     ]

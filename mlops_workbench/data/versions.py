@@ -140,10 +140,15 @@ class DataStore:
                 job = Snapshot(
                     self.places, name, version, rows, base, message, batch, force, pictures, arrived
                 )
-                if same and same[-1] is known[-1]:
-                    return replace(parse_tag(same[-1]), unchanged=True)
+                accepted = not force and report is not None and report.verdict != "refuse"
+                standing = [parse_tag(same[-1])] if same and same[-1] is known[-1] else []
                 if base is not None and base.version.digest == rows.digest and base.is_whole():
-                    return replace(base.version, unchanged=True)
+                    standing.append(base.version)
+                for version_there in standing:
+                    if not (
+                        version_there.forced and accepted
+                    ):  # what passes now is no longer forced
+                        return replace(version_there, unchanged=True)
                 return job.run(report, StoredFiles.of(same[-1]) if same else None)
 
     def snapshot_folder(

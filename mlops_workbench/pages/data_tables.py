@@ -17,6 +17,7 @@ from ..core.workspace import Workspace, run_git
 from ..data.records import DataVersion
 from ..data.versions import DataStore
 from .read_models import QUARANTINE, diff_path, model_mark, read_table
+from ..pipeline.data_line import withdrawn_versions
 from ..pipeline.manifest import MANIFEST_FILE, read_manifest
 
 # %% auto #0
@@ -26,17 +27,18 @@ __all__ = ['VERSION_COLUMNS', 'version_row', 'counts_of', 'parent_counts', 'diag
 # %% ../../nbs/pages/11_data_tables.ipynb #68c5ce7b
 VERSION_COLUMNS = (
     *("name", "version", "ref", "digest", "rows", "bytes", "columns", "parent", "message"),
-    *("created", "author", "commit_id", "forced", "verdict", "counts"),
+    *("created", "author", "commit_id", "forced", "verdict", "counts", "withdrawn"),
 )
 
 
-def version_row(version: DataVersion, counts: str) -> tuple[Any, ...]:
+def version_row(version: DataVersion, counts: str, withdrawn: bool) -> tuple[Any, ...]:
     """Return one version as a row of the read model."""
     verdict = str(version.validation.get("verdict", ""))
     return (
         *(version.name, version.version, version.ref, version.digest, version.rows, version.bytes),
         *(len(version.columns), version.parent or "", version.message, version.created_at),
         *(version.created_by, version.commit, int(version.forced), verdict, counts),
+        int(withdrawn),
     )
 
 # %% ../../nbs/pages/11_data_tables.ipynb #718f9f85
@@ -86,11 +88,11 @@ def data_tables(workspace: Workspace) -> dict[str, tuple[Sequence[str], list[Seq
     finally:
         ledger.close()
     serving = {slot.digest for slot in slots if slot.name == "champion"}
-    folder = workspace.read_models
+    folder, gone = workspace.read_models, withdrawn_versions(workspace)
     return {
         "versions": (
             VERSION_COLUMNS,
-            [version_row(v, parent_counts(folder, v, known)) for v in versions],
+            [version_row(v, parent_counts(folder, v, known), v.ref in gone) for v in versions],
         ),
         "uses": (
             ("ref", "release", "status", "serving", "created"),

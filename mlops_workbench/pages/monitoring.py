@@ -29,16 +29,25 @@ from mlops_workbench.pages.look import (
 from .read_models import read_table
 
 # %% auto #0
-__all__ = ['Snapshot', 'CHARTS', 'overall_state', 'ages', 'age_words', 'head_html', 'limits', 'charts_html', 'looks_series',
-           'figure_text', 'alert_state', 'alerts_html', 'release_card', 'releases_html', 'moved_html', 'quality_html',
-           'decisions_html', 'MonitoringPage', 'monitoring_page']
+__all__ = ['Snapshot', 'CHARTS', 'measured_release', 'overall_state', 'ages', 'age_words', 'head_html', 'limits', 'charts_html',
+           'looks_series', 'figure_text', 'alert_state', 'alerts_html', 'release_card', 'releases_html', 'moved_html',
+           'quality_html', 'decisions_html', 'MonitoringPage', 'monitoring_page']
 
 # %% ../../nbs/pages/07_monitoring.ipynb #d6ad6954
 Snapshot = Mapping[str, Any]
 
-# %% ../../nbs/pages/07_monitoring.ipynb #b3112069
-def overall_state(snapshot: Snapshot, old: bool) -> tuple[str, str]:
+# %% ../../nbs/pages/07_monitoring.ipynb #511a8e4d
+def measured_release(snapshot: Snapshot, serving: str) -> tuple[str, bool]:
+    """Return the release that the figures are about, and whether another one serves by now."""
+    measured = snapshot["release"]["name"] if snapshot["release"] else ""
+    return measured, bool(measured and serving and serving != measured)
+
+# %% ../../nbs/pages/07_monitoring.ipynb #c3a72262
+def overall_state(snapshot: Snapshot, old: bool, serving: str = "") -> tuple[str, str]:
     """Return the state of everything and a sentence that says why."""
+    measured, gone = measured_release(snapshot, serving)
+    if gone:
+        return ("no data", f"{serving} has not been looked at; alarms about {measured} are over")
     firing = [alert for alert in snapshot["alerts"] if alert["firing"]]
     states = {tile["state"] for tile in snapshot["tiles"]}
     if firing:
@@ -93,11 +102,11 @@ def head_html(
             "requests, <code>mwb monitor once</code> looks at them; this page shows the figures a few seconds later.</p>"
         )
     words, old = age_words(snapshot, now, maximum_seconds)
-    measured = snapshot["release"]["name"] if snapshot["release"] else ""
+    measured, gone = measured_release(snapshot, serving)
     about = f"Figures of {measured}. " if measured else ""
-    if measured and serving and serving != measured:
+    if gone:
         about = f"Figures of {measured}; {serving} serves by now, and the next look measures it. "
-    state, reason = overall_state(snapshot, old)
+    state, reason = overall_state(snapshot, old, serving)
     colour = {"ok": "good", "warning": "warn", "critical": "bad"}.get(state, "none")
     mark = (
         '<em class="mwb-state warn"><i aria-hidden="true">\u25b2</i> OLD DATA</em>' if old else ""
@@ -171,10 +180,11 @@ def alert_state(alert: Mapping[str, Any]) -> str:
         return "no data"
     return "warning" if alert["broken_windows"] else "ok"
 
-# %% ../../nbs/pages/07_monitoring.ipynb #93761ee8
-def alerts_html(snapshot: Snapshot, now: float) -> str:
-    """Return the table of the alert rules, firing ones first."""
+# %% ../../nbs/pages/07_monitoring.ipynb #a83f7e29
+def alerts_html(snapshot: Snapshot, now: float, serving: str = "") -> str:
+    """Return the table of the alert rules, firing ones first; `serving` is the release that serves by now."""
     rows = []
+    measured, gone = measured_release(snapshot, serving)
     for alert in snapshot["alerts"]:
         name = alert["metric"]
         since = (
@@ -182,6 +192,8 @@ def alerts_html(snapshot: Snapshot, now: float) -> str:
             if alert["firing"] and alert["since"] is not None
             else ""
         )
+        if gone and since:
+            since = f"over: it was about {measured}"
         pending = (
             f"{alert['broken_windows']} of {alert['for_windows']} windows"
             if alert["broken_windows"]
@@ -190,7 +202,7 @@ def alerts_html(snapshot: Snapshot, now: float) -> str:
         rule = f"{name.removesuffix('_ms').replace('_', ' ')} {alert['operator']} {figure_text(name, alert['threshold'])}"
         rows.append(
             [
-                state_html(alert_state(alert)),
+                state_html("no data" if gone else alert_state(alert)),
                 alert["rule"],
                 rule,
                 figure_text(name, alert["value"]),
@@ -198,7 +210,7 @@ def alerts_html(snapshot: Snapshot, now: float) -> str:
                 since or pending,
             ]
         )
-    columns = ["state", "rule", "fires when", "now", "then", ""]
+    columns = ["state", "rule", "fires when", "in the latest part", "then", ""]
     return "<h2>Alert rules</h2>" + table_html(
         columns, rows, "No rule is set in settings.ini.", "alert rules"
     )
@@ -384,7 +396,7 @@ class MonitoringPage(LivePage):
         )
         self.parts["head"].value = block(head)
         if self.snapshot is not None:
-            self.parts["alerts"].value = block(alerts_html(self.snapshot, now))
+            self.parts["alerts"].value = block(alerts_html(self.snapshot, now, self.serving))
 
 # %% ../../nbs/pages/07_monitoring.ipynb #9b4a0936
 def monitoring_page(folder: Path | None = None) -> MonitoringPage:

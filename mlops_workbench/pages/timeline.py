@@ -112,6 +112,10 @@ def marks_html(version: Row, uses: Sequence[Row], default: str) -> str:
         marks.append(
             '<span class="mwb-mark strong" title="the next batch is added to it">default</span>'
         )
+    if version["withdrawn"]:
+        marks.append(
+            '<span class="mwb-mark" title="a roll-back took it back; nothing new is added to it">taken back</span>'
+        )
     if version["forced"]:
         marks.append(Markup(state_html("warning").replace("WARNING", "FORCED")))
     for use in uses:

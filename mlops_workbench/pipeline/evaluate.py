@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..data.records import DataVersion
@@ -53,15 +54,20 @@ def build_candidate(stage: Stage, trained: Manifest, parts: dict[str, pd.DataFra
 
 # %% ../../nbs/pipeline/33_evaluate.ipynb #5f1d448c
 def forced_rows(store: DataStore, ref: str) -> int:
-    """Return how many rows of a data version, or of the versions it was built on, were stored against the checks."""
-    rows = 0
+    """Return how many rows of a data version were stored against the checks, by it or by a version it was built on."""
     version: DataVersion | None = store.resolve(ref)
+    columns = ["key", "row_hash"]
+    left = pd.MultiIndex.from_frame(store.rows(ref)[columns])
+    forced: set[int] = set()
     while version is not None:
         parent = store.resolve(version.parent) if version.parent else None
         if version.forced:
-            rows += max(1, version.rows - (parent.rows if parent else 0))
+            came = left.isin(pd.MultiIndex.from_frame(store.rows(version)[columns]))
+            if parent is not None:
+                came &= ~left.isin(pd.MultiIndex.from_frame(store.rows(parent)[columns]))
+            forced |= set(np.flatnonzero(came).tolist())
         version = parent
-    return rows
+    return len(forced)
 
 # %% ../../nbs/pipeline/33_evaluate.ipynb #185cfb4d
 def run_gates(stage: Stage, bundle: Path, trained: Manifest, rows: pd.DataFrame) -> GateReport:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Scalar', 'Arrays', 'SHIPPED', 'Recipe', 'label_numbers', 'encode', 'select_rows', 'split_by_time', 'split_by_hash',
-           'load_recipe', 'tidy', 'number_rows', 'delivered_rows']
+           'load_recipe', 'tidy', 'feature_columns_as', 'number_rows', 'delivered_rows']
 
 # %% ../../nbs/recipes/00_protocol.ipynb #6df490a2
 import contextlib
@@ -310,6 +310,17 @@ def tidy(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
     for name, convert in _converters(features).items():
         tidied[name] = convert(tidied[name])
     return tidied
+
+# %% ../../nbs/recipes/00_protocol.ipynb #cc8ed663
+def feature_columns_as(features: FeatureSchema, frame: pd.DataFrame) -> "dict[str, pd.Series[Any]]":
+    """The columns of the features in the kinds that this schema gives them; what is no number becomes a gap."""
+    found = {}
+    for each in features.features:
+        column = frame[each.name]
+        if each.kind == "number" and not pd.api.types.is_numeric_dtype(column):
+            column = pd.to_numeric(column, errors="coerce").astype(np.float64)
+        found[each.name] = _as_text(column) if each.kind == "category" else column
+    return found
 
 # %% ../../nbs/recipes/00_protocol.ipynb #05292ac7
 def _converters(features: FeatureSchema) -> "dict[str, Callable[[pd.Series[Any]], pd.Series[Any]]]":

@@ -15,16 +15,18 @@ import pandas as pd
 
 from ..core.bundle import read_manifest
 from ..core.errors import DataError
+from ..core.features import FeatureSchema
+from ..core.files import read_json
 from ..core.settings import GateSettings
 from ..core.workspace import Workspace
-from ..recipes.protocol import Recipe, encode
+from ..recipes.protocol import Recipe, encode, feature_columns_as
 from .bundles import predict_onnx
 from .probe import json_row, measure_latency, probe_hostile, serve_bundle
 from .standard import check_metric
 
 # %% auto #0
 __all__ = ['QUALITY', 'GateResult', 'GateReport', 'bootstrap_interval', 'quality_gates', 'slice_gate', 'server_gates',
-           'evaluate_gates']
+           'answers_of', 'evaluate_gates']
 
 # %% ../../nbs/release/02_gates.ipynb #6c839768
 QUALITY = "quality: "  # begins the name of the gate on the recipe's metric
@@ -145,6 +147,7 @@ def quality_gates(
     champion: np.ndarray | None,  # float32 [n, classes] of the champion on the same rows
     *,
     confidence: float,
+    why_alone: str = "there is none",  # why no champion stands beside it
 ) -> list[GateResult]:
     """Return the gate against the threshold and, where there is a champion, the one against it."""
 
@@ -164,6 +167,7 @@ def quality_gates(
         )
     ]
     if champion is None:
+        evidence["champion"] = why_alone
         return results
     sign = 1.0 if gate.direction == "higher" else -1.0
 
@@ -238,6 +242,24 @@ def server_gates(
         ),
     ]
 
+# %% ../../nbs/release/02_gates.ipynb #1f19ead0
+def answers_of(
+    bundle: Path,
+    frame: pd.DataFrame,  # rows of the recipe as it is today
+    features: FeatureSchema,  # of the recipe as it is today
+) -> np.ndarray | None:
+    """Return the probabilities [n, classes] of a release for rows, its fields read by its own schema.
+
+    The recipe may have changed since: fields in another order, of another kind, gone. None when the release cannot
+    answer the same question: another list of classes, or a field that the rows no longer have.
+    """
+    known = FeatureSchema.model_validate(read_json(bundle / "features.json"))
+    absent = [each.name for each in known.features if each.name not in frame]
+    if absent or known.classes != features.classes:
+        return None
+    columns = {n: c.to_numpy() for n, c in feature_columns_as(known, frame).items()}
+    return predict_onnx(bundle / "model.onnx", known.encode_columns(columns))
+
 # %% ../../nbs/release/02_gates.ipynb #9d2dea06
 def evaluate_gates(
     workspace: Workspace,
@@ -258,13 +280,24 @@ def evaluate_gates(
     manifest = read_manifest(bundle)
     arrays, labels = encode(recipe, test_frame)
     probabilities = predict_onnx(bundle / "model.onnx", arrays)
-    champion = predict_onnx(champion_bundle / "model.onnx", arrays) if champion_bundle else None
+    champion, why_alone = None, "there is none"
+    if champion_bundle is not None:
+        champion = answers_of(champion_bundle, test_frame, recipe.features)
+        why_alone = "it has other fields or classes than the recipe has now"
     confidence = workspace.settings.release.confidence
     names = [feature.name for feature in recipe.features.features]
     rows = [json_row(row, names) for row in test_frame.head(200).to_dict("records")]
     results = [
         GateResult("data: rows stored against the checks", forced_rows, 0, "lower"),
-        *quality_gates(recipe, gate, labels, probabilities, champion, confidence=confidence),
+        *quality_gates(
+            recipe,
+            gate,
+            labels,
+            probabilities,
+            champion,
+            confidence=confidence,
+            why_alone=why_alone,
+        ),
         GateResult(
             "parity of ONNX and torch", parity, workspace.settings.release.parity_tolerance, "lower"
         ),
