@@ -49,7 +49,7 @@ __all__ = ['data', 'snapshot', 'list_versions', 'show_version', 'show_diff', 'ch
 def data() -> None:
     """The time machine of the data: take versions, compare two row by row, go back, find what used a row.
 
-    A version is named flights@v1.2, flights@golden (`mwb data tag`), or flights: the newest one.
+    A version is named flights@v1.2, flights@golden (`mwb data tag`), or flights: the default.
 
     Example: mwb data diff flights@v1.0 flights@v1.1
     """
@@ -80,7 +80,7 @@ def _snapshot_rows(store: DataStore, name: str, file: Path | None, selection: st
 @click.option("--from", "file", type=click.Path(path_type=Path), help="A CSV or Parquet file.")
 @click.option("--selection", default="", help="Which rows of the recipe's source.", metavar="TEXT")
 @click.option(
-    "--append", is_flag=True, help="Add the rows to the newest version; known keys are replaced."
+    "--append", is_flag=True, help="Add the rows to the default version; known keys are replaced."
 )
 @click.option("--key", default="", help="The column that names a row.", metavar="COLUMN")
 @click.option("--label", default="", help="The column to predict.", metavar="COLUMN")

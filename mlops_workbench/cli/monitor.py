@@ -92,14 +92,17 @@ def show_snapshot(snapshot: MonitorSnapshot) -> None:
 
 # %% ../../nbs/cli/16_monitor.ipynb #e50962fb
 @click.group(invoke_without_command=True)
+@workspace_option
 @click.pass_context
-def monitor(context: click.Context) -> None:
+def monitor(context: click.Context, workspace: Path | None) -> None:
     """Look at the traffic: quality, latency, drift, alerts. Without a verb: once.
 
     Example: mwb monitor once --minutes 30
     """
     if context.invoked_subcommand is None:
-        context.invoke(once)
+        context.invoke(once, workspace=workspace)
+    else:
+        context.default_map = {context.invoked_subcommand: {"workspace": workspace}}
 
 # %% ../../nbs/cli/16_monitor.ipynb #63175059
 @monitor.command("once")

@@ -9,7 +9,7 @@ __all__ = ['ALERT_COLUMNS', 'age_text', 'age_of', 'ledger_state', 'read_or_empty
 # %% ../../nbs/cli/06_status.ipynb #1eb368fe
 import socket
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from textwrap import shorten as shorten_text
@@ -57,7 +57,11 @@ def ledger_state(workspace: Workspace, limit: int) -> dict[str, Any]:
         slots = [
             {
                 "slot": slot.name,
-                "release": names[slot.digest].name if slot.digest in names else slot.digest[:12],
+                "release": names[slot.digest].name
+                if slot.digest in names
+                else slot.digest
+                if "@" in slot.digest
+                else slot.digest[:12],
                 "data": names[slot.digest].data_version if slot.digest in names else "",
                 "before": names[slot.previous_digest].name if slot.previous_digest in names else "",
                 "since": slot.updated_at,
@@ -228,13 +232,15 @@ def _listens(host: str, port: int) -> bool:
     except OSError:
         return False
 
-# %% ../../nbs/cli/06_status.ipynb #519f4f86
-def data_versions(workspace: Workspace) -> list[dict[str, Any]]:
+# %% ../../nbs/cli/06_status.ipynb #08d6c7a5
+def data_versions(
+    workspace: Workspace,
+    defaults: Mapping[str, str],  # data set -> reference
+) -> list[dict[str, Any]]:
     """The default version of each data set, or the newest where none was decided, and how many came after it."""
     import json
 
     from mlops_workbench.data.tags import read_tags
-    from mlops_workbench.pipeline.data_line import default_versions
 
     known: dict[str, dict[str, dict[str, Any]]] = {}
     try:
@@ -243,7 +249,7 @@ def data_versions(workspace: Workspace) -> list[dict[str, Any]]:
         tags = []
     for tag in tags:
         known.setdefault(tag.name, {})[tag.ref] = json.loads(tag.record)
-    defaults, rows = default_versions(workspace), []
+    rows = []
     for name, versions in sorted(known.items()):
         refs = list(versions)
         place = refs.index(defaults[name]) if defaults.get(name) in refs else len(refs) - 1
@@ -274,7 +280,14 @@ def overview(workspace: Workspace, limit: int = 5) -> dict[str, Any]:
     plain = to_plain(
         {
             "workspace": about,
-            "data": data_versions(workspace),
+            "data": data_versions(
+                workspace,
+                {
+                    s["slot"].removeprefix("data:"): s["release"]
+                    for s in ledger["slots"]
+                    if s["slot"].startswith("data:")
+                },
+            ),
             **ledger,
             "cycle": last_cycle(workspace),
             "monitor": monitor_state(workspace, champion),

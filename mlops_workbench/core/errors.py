@@ -94,6 +94,12 @@ def shorten(
     limit: int = 80,  # the most characters of the result
 ) -> str:
     """The repr of a value, cut in the middle to at most `limit` characters."""
+    if (
+        type(value).__module__ == "numpy"
+        and hasattr(value, "item")
+        and not getattr(value, "ndim", 1)
+    ):
+        value = value.item()  # 3.5, not np.float64(3.5)
     cutter = reprlib.Repr()
     cutter.maxstring = cutter.maxother = cutter.maxlong = max(limit, 8)
     cutter.maxlist = cutter.maxtuple = cutter.maxdict = cutter.maxset = 20

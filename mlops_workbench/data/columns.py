@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import pandera.pandas as pandera
 
 # %% auto #0
-__all__ = ['MISSING', 'RANGE_SHARE', 'UNKNOWN_SHARE', 'CERTAIN', 'FEW', 'check_schema', 'usual_change', 'check_missing',
-           'check_range', 'check_categories', 'column_kind', 'check_against', 'check_keys']
+__all__ = ['MISSING', 'RANGE_SHARE', 'ABSURD', 'UNKNOWN_SHARE', 'CERTAIN', 'FEW', 'check_schema', 'usual_change', 'check_missing',
+           'check_range', 'check_categories', 'column_kind', 'check_against', 'fit_cells', 'check_keys']
 
 # %% ../../nbs/data/34_columns.ipynb #bbdcef3a
 MISSING = "the column is missing"
@@ -41,6 +41,10 @@ def check_schema(frame: pd.DataFrame, schema: pandera.DataFrameSchema, key: str)
     else:
         return []
     problems = []
+    empty = failures["check"] == "not_nullable"
+    gaps = set(zip(failures["column"][empty], failures["index"][empty], strict=True))
+    same = [place in gaps for place in zip(failures["column"], failures["index"], strict=True)]
+    failures = failures[empty | ~np.array(same, dtype=bool)]  # a gap has no type either: said once
     for (column, check), cases in failures.groupby(["column", "check"], sort=False, dropna=False):
         places = sorted(int(place) for place in cases["index"].dropna().unique())
         if check == "column_in_dataframe":
@@ -51,18 +55,21 @@ def check_schema(frame: pd.DataFrame, schema: pandera.DataFrameSchema, key: str)
             )
         else:
             name = str(column) if column is not None and column == column else "table"
-            found = shorten(cases["failure_case"].iloc[0], 40)
+            case = cases["failure_case"].iloc[0]
+            found = "nothing" if pd.isna(case) is True else shorten(case, 40)
             text, count = (
-                f"{len(places) or len(cases):,} rows with others, first {found}",
+                f"{len(places) or len(cases):,} rows with other values, first {found}",
                 len(places) or len(cases),
             )
         keys = [str(frame[key].iloc[place]) for place in places[:EXAMPLES]] if key in frame else []
         rows = tuple(places) if len(places) == count else ()
-        problems.append(Problem(name, str(check), count, tuple(keys), text, rows=rows))
+        rule = "a value in every row" if check == "not_nullable" else str(check)
+        problems.append(Problem(name, rule, count, tuple(keys), text, rows=rows))
     return problems
 
 # %% ../../nbs/data/34_columns.ipynb #694ec916
 RANGE_SHARE = 0.01  # of the rows that may lie far outside the range seen before
+ABSURD = 10  # widths of the range seen before: a single value so far outside is no measurement
 UNKNOWN_SHARE = 0.20  # of the rows that may have a category never seen before
 CERTAIN = 4.0  # standard errors beyond which chance alone explains nothing
 FEW = 200  # accepted rows that are too few to know the range or the categories
@@ -113,8 +120,11 @@ def check_range(
     outside = (values < low) | (values > high)
     if not outside.any():
         return []
-    large = outside.mean() > RANGE_SHARE and len(previous) >= FEW
-    severity: Severity = "refuse" if large else "remark"
+    large = outside.mean() > RANGE_SHARE
+    absurd = (values < known.min() - ABSURD * width) | (values > known.max() + ABSURD * width)
+    severity: Severity = "remark"
+    if len(previous) >= FEW and (large or absurd.any()):
+        severity, outside = "refuse", outside if large else absurd
     text = f"{int(outside.sum()):,} values far outside, first {values[outside].iloc[0]:g}"
     rule = f"values from {low:g} to {high:g}, the range before widened by its width on both sides"
     return [
@@ -189,6 +199,34 @@ def check_against(
         elif kinds[0] == "text" and column not in skip:
             problems += check_categories(frame, previous, column, key)
     return problems
+
+# %% ../../nbs/data/34_columns.ipynb #a3893110
+def fit_cells(
+    frame: pd.DataFrame, previous: pd.DataFrame | None, key: str, label: str
+) -> tuple[pd.DataFrame, list[Problem]]:
+    """The rows with a gap in place of each text in a column of numbers, and the findings about those rows.
+
+    A column of which more than half is text is another column, and stays as it is.
+    """
+    problems: list[Problem] = []
+    if previous is None:
+        return frame, problems
+    for name in previous.columns:
+        if name == key or name not in frame or column_kind(previous[name]) != "numbers":
+            continue
+        if column_kind(frame[name]) != "text":
+            continue
+        numbers = pd.to_numeric(frame[name], errors="coerce")
+        wrong = numbers.isna() & frame[name].notna()
+        if not wrong.any() or wrong.mean() > 0.5:
+            continue
+        first = shorten(frame.loc[wrong, name].iloc[0], 40)
+        what = "an unknown label" if name == label else "text in place of a number"
+        text = f"{int(wrong.sum()):,} rows with {what}, first {first}"
+        rule = "one of the known labels" if name == label else "numbers"
+        problems.append(row_problem(frame, wrong, key=key, column=name, rule=rule, text=text))
+        frame = frame.assign(**{name: numbers})
+    return frame, problems
 
 # %% ../../nbs/data/34_columns.ipynb #07184559
 def check_keys(frame: pd.DataFrame, key: str) -> list[Problem]:

@@ -187,7 +187,7 @@ def take_in(
     if report is not None and report.verdict == "quarantine":
         names = {"key": key, "label": label}
         clean, held = split_batch(delivery.batch, report, source=source, **names)
-        table = _without(delivery, report, key)
+        table = _fitted(_without(delivery, report, key), delivery.previous)
         taken = clean[key].tolist()
         waiting = hold_rows(store, name, held, taken=taken, key=key, message=words(report))
         assert waiting is not None, "a report with this verdict holds rows"
@@ -222,6 +222,24 @@ def _without(delivery: Delivery, report: ValidationReport, key: str) -> pd.DataF
         return table
     whole: pd.DataFrame = pd.concat([table, back.reindex(columns=table.columns)], ignore_index=True)
     return whole
+
+# %% ../../nbs/data/38_intake.ipynb #94055a41
+def _fitted(table: pd.DataFrame, previous: pd.DataFrame | None) -> pd.DataFrame:
+    """The table with numbers again in columns that single rows, which wait now, had made text."""
+    found: dict[str, Any] = {}
+    if previous is None:
+        return table
+    for name in previous.columns:
+        kind = previous[name].dtype
+        was_number = pd.api.types.is_numeric_dtype(kind)
+        if name not in table or table[name].dtype != object or not was_number:
+            continue
+        numbers = pd.to_numeric(table[name], errors="coerce")
+        if not (numbers.isna() & table[name].notna()).any():
+            whole = pd.api.types.is_integer_dtype(kind)
+            fits = whole and numbers.notna().all() and (numbers % 1 == 0).all()
+            found[name] = numbers.astype(kind) if fits else numbers
+    return table.assign(**found)
 
 # %% ../../nbs/data/38_intake.ipynb #a61d2d82
 def _record(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import ConflictError, DataError, UsageError, shorten
+from ..core.workspace import Workspace
 from mlops_workbench.data.tags import (
     TaggedFiles,
     author,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from mlops_workbench.data.versions import DataStore
 
 # %% auto #0
-__all__ = ['NUMBERED', 'NamedVersion', 'check_label', 'named_versions', 'name_version', 'find_version']
+__all__ = ['NUMBERED', 'NamedVersion', 'check_label', 'named_versions', 'name_version', 'whole_ref', 'find_version']
 
 # %% ../../nbs/data/21_names.ipynb #3528723a
 NUMBERED = re.compile(r"v\d{1,9}\.\d{1,9}")
@@ -114,6 +115,17 @@ def _no_email(root: Path) -> bool:
         return not run_git(root, "config", "--get", "user.email").strip()
     except DataError:
         return True
+
+# %% ../../nbs/data/21_names.ipynb #c11cc9d5
+def whole_ref(workspace: Workspace, ref: str) -> str:
+    """The reference with its version: of "flights" alone that of the default version, where one was decided."""
+    path = workspace.ledger_url.removeprefix("sqlite:///")
+    if "@" in ref or (path != workspace.ledger_url and not Path(path).exists()):
+        return ref
+    from mlops_workbench.core.ledger import Ledger
+
+    slot = Ledger(workspace.ledger_url).slot(f"data:{ref}")
+    return ref if slot is None else slot.digest
 
 # %% ../../nbs/data/21_names.ipynb #1a8bd1d9
 def find_version(root: Path, ref: str) -> TaggedFiles:

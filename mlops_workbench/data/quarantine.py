@@ -57,7 +57,9 @@ def split_batch(
     reasons: dict[int, list[str]] = {place: [] for place in places}
     for problem in report.problems:
         for place in problem.rows if problem.severity == "quarantine" else ():
-            reasons[place].append(f"{problem.column}: expected {problem.rule}")
+            cell = batch[problem.column].iloc[place] if problem.column in batch else None
+            found = " is missing" if pd.isna(cell) is True else f" is {shorten(cell, 40)}"
+            reasons[place].append(f"{problem.column}{found}: expected {problem.rule}")
     doubt = pd.DataFrame(columns=["key", "likely", "wrong"])
     if report.labels is not None:
         doubt = report.labels.report.rows.drop_duplicates("key")
@@ -121,6 +123,10 @@ def hold_rows(
     ids = _numbered(held["quarantine_id"], old["quarantine_id"])
     fresh = held.assign(quarantine_id=ids)
     rows = pd.concat([old, fresh], ignore_index=True) if len(old) else fresh
+    for column in rows.select_dtypes(object):  # a text in a column of numbers is why it waits
+        kinds = set(rows[column].dropna().map(type))
+        if len(kinds) > 1 and str in kinds:
+            rows[column] = rows[column].map(lambda cell: None if pd.isna(cell) else str(cell))
     return store.snapshot(
         quarantine_name(name), rows, key="quarantine_id", label="quarantine_state", message=message
     )
@@ -237,7 +243,13 @@ def _take_in(store: DataStore, name: str, taken: pd.DataFrame, default: str | No
             f"{shorten(first)}; accept one of them, reject the others"
         )
     kept = previous[~previous[base.key].isin(rows[base.key])]
-    joined = pd.concat([kept, rows.astype(previous.dtypes.to_dict())], ignore_index=True)
+    try:
+        rows = rows.astype(previous.dtypes.to_dict())
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"expected rows that fit {base.ref}, found {error}; reject them, and deliver them again when they are right"
+        ) from error
+    joined = pd.concat([kept, rows], ignore_index=True)
     note = f"{len(rows)} rows taken out of {quarantine_name(name)} by hand"
     report = ValidationReport("accept", (), len(rows), len(previous), notes=(note,))
     return store.snapshot(

@@ -21,6 +21,7 @@ from mlops_workbench.data.columns import (
     check_against,
     check_keys,
     check_schema,
+    fit_cells,
     usual_change,
 )
 from .consistency import check_consistency
@@ -269,7 +270,13 @@ def validate_batch(
     """Judge a batch before it becomes part of a data version; nothing is raised for a bad one."""
     limits = settings.data if isinstance(settings, Settings) else settings
     frame, names = frame.reset_index(drop=True), {"key": key, "label": label}
-    problems = _check_columns(frame, previous, schema, names, limits, skip)
+    frame, unfit = fit_cells(frame, previous, key, label)
+    told = {(problem.column, place) for problem in unfit for place in problem.rows}
+    problems = unfit + [
+        problem
+        for problem in _check_columns(frame, previous, schema, names, limits, skip)
+        if not problem.rows or not {(problem.column, place) for place in problem.rows} <= told
+    ]
     if separate:
         problems = separate_rows(problems, len(frame), limits.maximum_quarantine_share)
     held = {place for p in problems if p.severity == "quarantine" for place in p.rows}

@@ -24,7 +24,7 @@ from ..core.files import file_lock, read_json, write_json
 from ..core.workspace import Workspace
 from . import dvc, tags
 from .diff import DataDiff, compare
-from .names import find_version
+from .names import find_version, whole_ref
 from mlops_workbench.data.pictures import (
     IMAGE,
     LABEL,
@@ -67,7 +67,7 @@ class DataStore:
         return next(reversed(self.versions(name)), None)
 
     def resolve(self, ref: str | DataVersion) -> DataVersion:
-        """The version that "flights@v1.1", "flights@golden" or "flights" (the newest) names; raises DataError."""
+        """The version that "flights@v1.1", "flights@golden" or "flights" (the default) names; raises DataError."""
         return self._tagged(ref)[0]
 
     def show(self, ref: str | DataVersion) -> dict[str, Any]:
@@ -233,7 +233,8 @@ class DataStore:
 
     def _tagged(self, ref: str | DataVersion) -> tuple[DataVersion, str]:
         """A version and its pointer; raises DataError that says which versions there are."""
-        found = find_version(self.root, ref if isinstance(ref, str) else ref.ref)
+        text = whole_ref(self.workspace, ref) if isinstance(ref, str) else ref.ref
+        found = find_version(self.root, text)
         return parse_tag(found), found.pointer
 
     def _base(

@@ -93,11 +93,9 @@ class MonitorSnapshot:
             if alert["firing"]
         ]
         found = self.measured.drift
-        served = f"{self.measured.service.requests} requests, {self.measured.rows} rows"
         parts = [
-            f"{self.champion.name} answered {served}"
-            if self.champion
-            else f"no release serves, {served}",
+            f"{self.champion.name} serves" if self.champion else "no release serves",
+            f"{self.measured.service.requests} requests, {self.measured.rows} rows",
             self.measured.comparison.summary
             if self.measured.comparison
             else "quality not compared",

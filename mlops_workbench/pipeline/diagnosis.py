@@ -204,11 +204,12 @@ def choose_remedy(
     fall, culprit = diagnosis.fall, diagnosis.culprit
     if diagnosis.verdict == "data" and culprit is not None and culprit.change is not None:
         if culprit.guilty_keys and keys_file:
-            why = f"{len(culprit.guilty_keys)} wrong rows of {culprit.version} ({culprit.change.name})"
+            change = f" ({culprit.change.name})" if culprit.change.name != culprit.version else ""
+            why = f"{len(culprit.guilty_keys)} wrong rows of {culprit.version}{change}"
             return Remedy(
                 _drop_command(culprit, culprit.parent, keys_file, why),
                 "a new version without the guilty rows; then "
-                f"`mwb run train evaluate -p data_version={culprit.line[-1].partition('@')[0]}`, the newest version",
+                f"`mwb run train evaluate -p data_version={culprit.line[-1].partition('@')[0]}`, the new default",
             )
         return Remedy(
             shlex.join(["mwb", "data", "rollback", culprit.parent]),

@@ -19,7 +19,7 @@ import mlops_workbench
 from ..core.errors import StageError, WorkbenchError
 from ..core.files import digest_of, sha256_file
 from ..core.workspace import Workspace
-from ..data.names import find_version
+from ..data.names import find_version, whole_ref
 from ..experiment.provenance import recipe_digest
 from .contract import JsonValue
 from .cycles import Cycle, finished_run
@@ -104,7 +104,7 @@ def named_version(
     if not isinstance(reference, str):
         return None
     try:
-        found = find_version(workspace.root, reference)
+        found = find_version(workspace.root, whole_ref(workspace, reference))
         return found.ref, str(json.loads(found.record)["digest"])
     except (WorkbenchError, ValueError, KeyError):
         return "", ""

@@ -358,6 +358,24 @@ def _as_text(column: "pd.Series[Any]") -> "pd.Series[Any]":
         .astype(object)
     )
 
+# %% ../../nbs/recipes/00_protocol.ipynb #e398e09a
+def _as_far_as_it_fits(
+    column: "pd.Series[Any]", convert: "Callable[[pd.Series[Any]], pd.Series[Any]]"
+) -> "pd.Series[Any]":
+    """The column converted; where single cells do not fit, those stay as they are between the others."""
+    with contextlib.suppress(DataError):
+        return convert(column)
+    fitted: dict[object, object] = {}
+    for value in pd.unique(column.dropna()):
+        try:
+            fitted[value] = convert(pd.Series([value], name=column.name)).iloc[0]
+        except DataError:
+            fitted[value] = value
+    cells = [np.nan if pd.isna(cell) else fitted[cell] for cell in column]
+    return pd.Series(
+        cells, column.index, dtype=object if any(isinstance(c, str) for c in cells) else None
+    )
+
 # %% ../../nbs/recipes/00_protocol.ipynb #72c1d0ac
 def number_rows(
     rows: int,
@@ -379,8 +397,7 @@ def delivered_rows(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
     rows = rows.reset_index(drop=True)
     for name, convert in _converters(features).items():
         if name in rows:
-            with contextlib.suppress(DataError):
-                rows[name] = convert(rows[name])
+            rows[name] = _as_far_as_it_fits(rows[name], convert)
     if getattr(recipe, "numbered", False) and features.key not in rows:
         content = pd.util.hash_pandas_object(rows.astype(str), index=False).to_numpy().tobytes()
         batch = int(hashlib.sha256(content).hexdigest(), 16) % 10**8
