@@ -16,6 +16,7 @@ from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.data.quarantine import quarantined
 from mlops_workbench.data.versions import DataStore
 from mlops_workbench.pipeline.data_line import default_versions
+from mlops_workbench.pipeline.evaluate import forced_rows
 from mlops_workbench.pipeline.reuse import named_version
 
 NAMES = ["--key", "id", "--label", "late"]
@@ -169,3 +170,47 @@ def test_deliveries_at_once_all_come_in(store: DataStore, tmp_path: Path) -> Non
     assert set(sorted(wrong)[:2]) <= came
     waiting = set(quarantined(store, "own")["id"])
     assert came | waiting == {f"row {n:07}" for n in range(5000)} and not came & waiting
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "reason"),
+    [
+        ("temperature", "forty", "temperature is 'forty': expected numbers"),
+        ("late", "perhaps", "late is 'perhaps': expected one of the known labels"),
+        ("temperature", -5e9, "temperature is -5000000000.0: expected values from"),
+    ],
+)
+def test_a_single_absurd_cell_waits_and_the_others_come_in(
+    store: DataStore, capsys: pytest.CaptureFixture[str], column: str, cell: object, reason: str
+) -> None:
+    frame = good(500, first=2000).astype({column: object})
+    frame.loc[[3, 77], column] = cell
+    assert snapshot(store, frame, "--append") == 0
+    waiting = asked(store, capsys, "data", "review", "own")
+    assert {row["id"] for row in waiting} == {"row 0002003", "row 0002077"}
+    assert all(reason in row["reason"] for row in waiting), waiting
+    stored = store.load("own")
+    assert len(stored) == 2498 and stored.dtypes.equals(store.load("own@v1.0").dtypes)
+    if isinstance(cell, str):
+        words = ["data", "review", "own", "--accept", "row 0002003", "-w", str(store.root)]
+        assert main(words) == 1
+        assert "deliver them again" in capsys.readouterr().err
+
+
+def test_a_drop_that_leaves_only_good_rows_is_no_longer_forced(
+    store: DataStore, tmp_path: Path
+) -> None:
+    frame, wrong = with_wrong_labels(1000, 400, first=2000)
+    assert snapshot(store, frame, "--append", "--force") == 0
+    assert forced_rows(store, "own@v1.1") == 1000
+    keys = tmp_path / "keys.json"
+    few = sorted(wrong)[:100]
+    keys.write_text(json.dumps(few))
+    words = ["-w", str(store.root), "--keys-from", str(keys)]
+    assert main(["data", "drop", "own@v1.1", *words]) == 0
+    assert forced_rows(store, "own") == 900  # the rest is no better
+    keys.write_text(json.dumps(sorted(wrong)))
+    assert main(["data", "drop", "own@v1.1", *words]) == 0
+    version = store.resolve("own")
+    assert (version.rows, version.parent, version.forced) == (2600, "own@v1.0", False)
+    assert forced_rows(store, "own") == 0

@@ -80,7 +80,7 @@ def show_refusal(workspace: Workspace, outcome: StageOutcome) -> None:
         f"\nrefused by stage {outcome.stage}: {outcome.summary}; nothing after it was run", err=True
     )
     for name, command in next_steps(workspace, outcome):
-        click.echo(f"{name:<27} {command}", err=True)
+        click.echo(f"{name:<28} {command}", err=True)
 
 # %% ../../nbs/cli/10_run_report.ipynb #344e62a5
 def next_steps(workspace: Workspace, outcome: StageOutcome) -> Iterator[tuple[str, str]]:
@@ -110,7 +110,13 @@ def next_steps(workspace: Workspace, outcome: StageOutcome) -> Iterator[tuple[st
             yield "ask: the model or the data", f"mwb why {champion.name} {release.name}"
         yield "deploy it all the same", "mwb run deploy -p deploy.force=true"
     elif outcome.stage == "prepare":
+        problems = manifest.read("validation.json")["problems"] if manifest is not None else []
         yield "see the rows and checks", str(outcome.notebook)
         yield "when the rows are corrected", "mwb run"
         yield "go on without these rows", "mwb run --cycle new"
+        if any("where the version before has" in p["text"] for p in problems):
+            yield (
+                "the recipe was changed",
+                "mwb run prepare -p prepare.append=false (these rows alone)",
+            )
         yield "store it all the same", "mwb run prepare -p prepare.force=true"

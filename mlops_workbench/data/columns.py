@@ -191,7 +191,8 @@ def check_against(
             continue
         kinds = column_kind(previous[column]), column_kind(frame[column])
         if kinds[0] != kinds[1]:
-            text = f"{kinds[1]}, first {shorten(frame[column].dropna().iloc[0], 40)}"
+            first = shorten(frame[column].dropna().iloc[0], 40)
+            text = f"{kinds[1]} where the version before has {kinds[0]}, first {first}"
             keys = tuple(frame.loc[frame[column].notna(), key].head(EXAMPLES).astype(str))
             problems.append(Problem(column, kinds[0], len(frame), keys, text))
         elif kinds[0] == "numbers" and column not in skip:
