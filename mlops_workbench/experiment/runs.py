@@ -7,7 +7,8 @@ __all__ = ['Select', 'LIST_TAGS', 'LOWER_IS_BETTER', 'COMPARED_TAGS', 'open_read
            'resolve_run', 'MetricSummary', 'RunDetail', 'show_run', 'Difference', 'Comparison', 'two_numbers',
            'compare_rows', 'compare_runs', 'differing_parameters', 'Curve', 'metric_history']
 
-# %% ../../nbs/experiment/04_runs.ipynb #c6247572
+# %% ../../nbs/experiment/04_runs.ipynb #512273d4
+import json
 import math
 import re
 import sqlite3
@@ -346,8 +347,9 @@ def compare_rows(a: RunRow, b: RunRow) -> Comparison:
             found.append(
                 Difference(kind, tag, _short(tag, a.tags.get(tag)), _short(tag, b.tags.get(tag)))
             )
-    for name in sorted(a.parameters.keys() | b.parameters.keys()):
-        before, after = a.parameters.get(name, "not set"), b.parameters.get(name, "not set")
+    sides = _own(a.parameters), _own(b.parameters)
+    for name in sorted(sides[0].keys() | sides[1].keys()):
+        before, after = sides[0].get(name, "not set"), sides[1].get(name, "not set")
         if before != after:
             found.append(Difference("parameter", name, before, after))
     if a.status != b.status:
@@ -359,6 +361,21 @@ def compare_rows(a: RunRow, b: RunRow) -> Comparison:
     return Comparison(
         a, b, tuple(sorted(found, key=lambda difference: order.index(difference.kind)))
     )
+
+# %% ../../nbs/experiment/04_runs.ipynb #f9e3cc04
+def _own(parameters: Mapping[str, str]) -> dict[str, str]:
+    """The parameters without those that only repeat others (a stage's choice, as JSON) and without the data version."""
+
+    def repeats(value: str) -> bool:
+        try:
+            parts = json.loads(value) if value.startswith("{") else None
+        except ValueError:
+            return False
+        return isinstance(parts, dict) and all(
+            parameters.get(n) == str(v) for n, v in parts.items()
+        )
+
+    return {n: v for n, v in parameters.items() if n != "data_version" and not repeats(v)}
 
 # %% ../../nbs/experiment/04_runs.ipynb #e53e75e4
 def _metric_difference(name: str, before: float | None, after: float | None) -> list[Difference]:

@@ -29,7 +29,10 @@ Run = Mapping[str, Any]
 
 # %% ../../nbs/pages/04_comparison.ipynb #d035dfe7
 def spread(parameters: Mapping[str, str]) -> dict[str, str]:
-    """Return parameters with every JSON object taken apart; a part whose name is taken gets the outer name in front."""
+    """Return parameters with every JSON object taken apart; a part whose name is taken gets the outer name in front.
+
+    A part that stands there already with the same value is left out, and so is the data version, which is a fact.
+    """
     spreads: dict[str, str] = {}
     for name, value in parameters.items():
         try:
@@ -40,8 +43,9 @@ def spread(parameters: Mapping[str, str]) -> dict[str, str]:
             spreads |= {
                 (f"{name}.{part}" if part in parameters else str(part)): str(v)
                 for part, v in parts.items()
+                if parameters.get(part) != str(v)
             }
-        else:
+        elif name != "data_version":
             spreads[name] = value
     return spreads
 

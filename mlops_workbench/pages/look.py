@@ -63,7 +63,10 @@ def table_html(
     head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in columns)
     body = "".join(
         "<tr>"
-        + "".join(f"<td>{cell if isinstance(cell, Markup) else escape(cell)}</td>" for cell in row)
+        + "".join(
+            f"<td data-label='{escape(name)}'>{cell if isinstance(cell, Markup) else escape(cell)}</td>"
+            for name, cell in zip(columns, row, strict=True)
+        )
         + "</tr>"
         for row in rows
     )
