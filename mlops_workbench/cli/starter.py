@@ -141,9 +141,11 @@ def guess_use(column: ColumnCount, rows: int) -> ColumnGuess:
     if column.numbers:
         if column.whole and distinct == rows and looks_like_key(column.name):
             return guess("left out", "numbers the rows")
-        return guess("number", f"{distinct:,} different numbers")
+        few = column.whole and distinct <= 12
+        code = "; if they are codes, move it to the categories" if few and distinct > 2 else ""
+        return guess("number", f"{distinct:,} different numbers{code}")
     if column.moments:
-        return guess("time", "dates")
+        return guess("time", "dates; not used until recipe.py names it as time_column")
     if distinct <= 20 and distinct * 2 <= column.present or distinct * 10 <= column.present:
         if distinct <= 1000:
             values = {plain_value(value, column) for value in column.values}

@@ -342,8 +342,8 @@ class LabelCheck:
     def text(self) -> str:
         """The finding in one sentence."""
         return (
-            f"{self.share:.0%} of {self.report.judged:,} labels look wrong; blocks of the accepted rows give "
-            f"{self.usual:.0%} and stay below {self.limit:.0%}, and {self.allowed:.0%} more than usual is tolerated"
+            f"{self.share:.0%} of {self.report.judged:,} labels look wrong; among the accepted rows {self.usual:.0%} do "
+            f"(by chance up to {self.limit:.0%}), and {self.allowed:.0%} more would be tolerated"
         )
 
     def summary(self) -> dict[str, Any]:

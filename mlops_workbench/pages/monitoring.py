@@ -264,7 +264,8 @@ def moved_html(snapshot: Snapshot) -> str:
     found = snapshot["drift"]
     if found is None:
         return ""
-    moved = [column for column in found["columns"] if column["moved"]]
+    everything = [*found["columns"], *filter(None, [found["prediction"]])]
+    moved = [column for column in everything if column["moved"]]
     if not moved:
         return ""
     moved.sort(key=lambda column: -(column["effect"] or 0))
@@ -277,7 +278,7 @@ def moved_html(snapshot: Snapshot) -> str:
         ]
         for column in moved
     ]
-    title = f"<h2>Drift</h2><p>{len(moved)} of {len(found['columns'])} columns moved, against the data the release was trained on.</p>"
+    title = f"<h2>Drift</h2><p>{len(moved)} of {len(everything)} columns moved, against the data the release was trained on (the answers and the gaps of a column count as one each).</p>"
     return title + table_html(
         ["column", "effect", "threshold", "direction"], rows, "", "columns that moved"
     )

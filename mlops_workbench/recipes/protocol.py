@@ -8,6 +8,7 @@ __all__ = ['Scalar', 'Arrays', 'SHIPPED', 'Recipe', 'label_numbers', 'encode', '
 
 # %% ../../nbs/recipes/00_protocol.ipynb #6df490a2
 import contextlib
+import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -300,8 +301,13 @@ def tidy(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
     ]
     absent = [name for name in names if name not in frame]
     if absent:
+        near = [
+            n for name in absent for n in difflib.get_close_matches(name, list(frame.columns), 1)
+        ]
+        meant = f"; is {' and '.join(map(repr, near))} meant?" if near else ""
         raise DataError(
-            f"expected the columns {', '.join(absent)}, found {shorten(list(frame.columns), 200)}"
+            f"expected the columns {', '.join(absent)}, found {shorten(list(frame.columns), 200)}{meant}; "
+            f"correct the recipe or the rows"
         )
     names += [name for name in (recipe.time_column, *recipe.slices) if name and name in frame]
     tidied = pd.DataFrame({name: frame[name] for name in dict.fromkeys(names)}).reset_index(

@@ -89,7 +89,9 @@ class GateReport:
         if not refused:
             return f"all {len(self.results)} gates passed{self.quality}"
         return "refused by " + "; ".join(
-            f"{r.name}: {r.value:.4g}{r.unit} against {r.threshold:.4g}{r.unit}" for r in refused
+            f"{r.name}: {r.value:.4g}{r.unit} "
+            f"({'at least' if r.direction == 'higher' else 'at most'} {r.threshold:.4g}{r.unit})"
+            for r in refused
         )
 
     def as_dict(self) -> dict[str, Any]:
