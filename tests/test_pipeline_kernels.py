@@ -121,9 +121,10 @@ def test_a_child_has_its_own_folder_environment_umask_and_session(
         found = run_job(light, jobs, code, cwd=tmp_path, HELLO="there")
     finally:
         os.umask(previous)
-    assert found == {
-        "cwd": str(tmp_path), "hello": "there", "home": None, "umask": 0o027, "leader": True, "threads": 1, "argv": [], "int": True,
-        "chld": True, "files": 4, "stdin": "",
+    assert found == {  # one thread and one file more than a new process: the watch over the caller
+        "cwd": str(tmp_path), "hello": "there", "home": None, "umask": 0o027, "leader": True,
+        "threads": 2, "argv": [], "int": True,
+        "chld": True, "files": 5, "stdin": "",
     }  # fmt: skip
 
 
@@ -356,6 +357,41 @@ def test_a_child_is_watched_when_its_parent_is_killed(tmp_path: Path, jobs: Path
             tmp_path / "k", server.stem, first=LIGHT, later=(), environment=clean_environment()
         )
         assert ask(again, "status") is not None
+
+
+CALLER = """
+import sys
+from pathlib import Path
+from mlops_workbench.pipeline.kernels import ask
+import signal
+sys.path.insert(0, "tests")
+from test_pipeline_kernels import sleeper
+server = Path(sys.argv[1])
+process = sleeper(server, Path(sys.argv[2]), Path(sys.argv[3]))
+print(process.pid, ask(server, "status")["pid"], flush=True)
+signal.pause()
+"""
+
+
+def test_a_child_ends_when_parent_and_caller_are_killed_together(
+    tmp_path: Path, jobs: Path
+) -> None:
+    with parent(tmp_path / "k", PYTHONPATH=str(jobs)) as server:
+        command = [sys.executable, "-c", CALLER, str(server), str(jobs), str(tmp_path)]
+        root = Path(__file__).resolve().parent.parent
+        caller = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
+        assert caller.stdout is not None
+        child, watcher = map(int, caller.stdout.readline().split())
+        assert psutil.pid_exists(child)
+        os.kill(watcher, signal.SIGKILL)
+        caller.kill()
+        caller.wait(10)
+        for _ in range(100):
+            if not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie":
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError(f"expected process {child} to end with its caller")
 
 
 def test_stop_waits_for_the_last_child(tmp_path: Path, jobs: Path) -> None:

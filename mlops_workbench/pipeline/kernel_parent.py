@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READ_AT_IMPORT', 'PARENT_SETS', 'SET_BY_EACH_PROCESS', 'THREADS_THAT_SURVIVE', 'LENGTH', 'REQUEST_SECONDS',
            'TICK_SECONDS', 'QUIET_SECONDS', 'import_environment', 'environment_difference', 'unfitness', 'send_message',
-           'receive_message', 'seed_anew', 'become', 'run_and_leave', 'leave', 'Parent', 'main']
+           'receive_message', 'seed_anew', 'become', 'end_with', 'run_and_leave', 'leave', 'Parent', 'main']
 
 # %% ../../nbs/pipeline/01_kernel_parent.ipynb #741be185
 import argparse
@@ -151,6 +151,20 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
     time.tzset()
     seed_anew()
 
+# %% ../../nbs/pipeline/01_kernel_parent.ipynb #9556d8c4
+def end_with(caller: int) -> None:
+    """End this process and its group when the caller is gone, even if the parent, which watches too, was killed with it."""
+    try:
+        handle = os.pidfd_open(caller)
+    except OSError:  # gone already, or a system without such handles: the parent watches
+        return
+
+    def watch() -> None:
+        select.select([handle], [], [])
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="caller", daemon=True).start()
+
 # %% ../../nbs/pipeline/01_kernel_parent.ipynb #6da8bc8d
 def _highest_descriptor() -> int:
     """The highest number of an open file of this process."""
@@ -292,7 +306,7 @@ class Parent:
         connection.settimeout(REQUEST_SECONDS)
         descriptors: list[int] = []
         try:
-            if _peer_user(connection) != os.getuid():
+            if _peer(connection)[1] != os.getuid():
                 raise PermissionError("another user")
             request, descriptors = receive_message(connection)
             if request["op"] == "fork" and self.fork(connection, request, descriptors):
@@ -324,11 +338,14 @@ class Parent:
         if reason or len(descriptors) != 3:
             send_message(connection, {"refused": reason or "expected three streams"})
             return False
+        caller = _peer(connection)[0]
         pid = os.fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
             with contextlib.suppress(BaseException):
                 become(request, descriptors)
+                if not request.get("outlive"):
+                    end_with(caller)
                 run_and_leave(request["module"], request["arguments"])
             os._exit(1)
         self.children[pid] = connection
@@ -353,13 +370,14 @@ class Parent:
             "reason": self.reason,
         }
 
-# %% ../../nbs/pipeline/01_kernel_parent.ipynb #adc691f7
-def _peer_user(connection: socket.socket) -> int:
-    """The user at the other end of a Unix socket."""
+# %% ../../nbs/pipeline/01_kernel_parent.ipynb #afa48f58
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """The process and the user at the other end of a Unix socket."""
     credentials = connection.getsockopt(
         socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
     )
-    return int(struct.unpack("3i", credentials)[1])
+    process, user, _ = struct.unpack("3i", credentials)
+    return int(process), int(user)
 
 # %% ../../nbs/pipeline/01_kernel_parent.ipynb #580f6322
 def main(argv: list[str] | None = None) -> int:
