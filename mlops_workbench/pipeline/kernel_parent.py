@@ -156,7 +156,9 @@ def end_with(caller: int) -> None:
     """End this process and its group when the caller is gone, even if the parent, which watches too, was killed with it."""
     try:
         handle = os.pidfd_open(caller)
-    except OSError:  # gone already, or a system without such handles: the parent watches
+    except ProcessLookupError:  # gone already
+        os._exit(1)
+    except OSError:  # a system without such handles: the parent watches
         return
 
     def watch() -> None:
