@@ -108,18 +108,26 @@ def send_message(
 # %% ../../nbs/pipeline/01_kernel_parent.ipynb #7836f046
 def receive_message(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Receive one message and the open files that came with it; raises ConnectionError at the end of the stream."""
-    data, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, 3)
-    while (
-        len(data) < LENGTH.size or len(data) < LENGTH.size + LENGTH.unpack(data[: LENGTH.size])[0]
-    ):
-        more = connection.recv(1 << 16) if data else b""
+    head, descriptors, _, _ = socket.recv_fds(connection, LENGTH.size, 3)
+    try:
+        head += _exactly(connection, LENGTH.size - len(head)) if head else b""
+        message = json.loads(_exactly(connection, LENGTH.unpack(head)[0] if head else 1))
+    except ConnectionError:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+    return message, list(descriptors)
+
+# %% ../../nbs/pipeline/01_kernel_parent.ipynb #cf155c50
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    """So many bytes and none of the next message; ConnectionError when the stream ends before."""
+    data = b""
+    while len(data) < size:
+        more = connection.recv(min(size - len(data), 1 << 16))
         if not more:
-            for descriptor in descriptors:
-                os.close(descriptor)
             raise ConnectionError("the other side closed the connection")
         data += more
-    message = json.loads(data[LENGTH.size :])
-    return message, list(descriptors)
+    return data
 
 # %% ../../nbs/pipeline/01_kernel_parent.ipynb #bd60c5de
 def seed_anew() -> None:
