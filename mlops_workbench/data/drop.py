@@ -82,10 +82,8 @@ def drop_rows(
         delivery = deliver(store, clean, kept, version.key)
         report = judge(store, delivery, **names, **checks)
         if report is not None and report.verdict == "accept":
-            made = store.snapshot(
-                version.name, kept, **names, message=message, parent=clean.ref, report=report
-            )
-            return made
+            names |= {"message": message, "parent": clean.ref, "report": report}
+            return store.snapshot(version.name, kept, **names)
     return store.snapshot(version.name, kept, **names, message=message, parent=version.ref)
 
 # %% ../../nbs/data/41_drop.ipynb #d9dbbc7d
