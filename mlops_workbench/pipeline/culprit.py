@@ -108,10 +108,12 @@ class Culprit:
         titles = [step.title for step in self.steps if not step.decided]
         if not titles:
             return ""
-        return (
-            f"; the limit of {self.limit} retrains was reached before the rule could decide on {', '.join(titles)}: "
-            "the likelier side was taken, the stated error of 1 % a question is not guaranteed"
+        instead = (
+            "the labels were asked instead, and they name this change"
+            if self.found_by == "belief"
+            else "the likelier side was taken, the stated error of 1 % a question is not guaranteed"
         )
+        return f"; the limit of {self.limit} retrains was reached before the rule could decide on {', '.join(titles)}: {instead}"
 
     @property
     def suspicious_keys(self) -> list[Any]:
@@ -225,13 +227,13 @@ def changed_rows(changes: Changes, change: ChangeSet) -> pd.DataFrame:
 
 
 def most_suspicious(
-    inquiry: Inquiry, comparison: Comparison
+    inquiry: Inquiry, comparison: Comparison, places: Sequence[int]
 ) -> tuple[int, Changes, ChangeSet, Belief] | None:
-    """The change on the line whose labels look most wrong: (place of its version, changes, change, belief), or None."""
+    """The change of these versions whose labels look most wrong: (place of its version, changes, change, belief), or None."""
     models = [inquiry.retrainer.model(run) for run in comparison.good[:2]]
     judges = (inquiry.retrainer.judge_arrays, inquiry.retrainer.judge_labels)
     found: list[tuple[float, int, Changes, ChangeSet, Belief]] = []
-    for place in range(1, len(inquiry.line)):
+    for place in places:
         changes = read_changes(inquiry.store, inquiry.line[place - 1], inquiry.line[place])
         for change in changes.sets:
             rows = changed_rows(changes, change)
@@ -296,8 +298,12 @@ def find_culprit(
         place, found_by = inquiry.bad_version(comparison), "retraining"
         changes = read_changes(store, line[place - 1], line[place])
         change = inquiry.bad_change(changes, comparison)
+        if unsure := {step.search for step in inquiry.steps if not step.decided}:
+            places = range(1, len(line)) if "versions" in unsure else [place]
+            if (suspicion := most_suspicious(inquiry, comparison, places)) is not None:
+                (place, changes, change, belief), found_by = suspicion, "belief"
     else:
-        suspicion = most_suspicious(inquiry, comparison)
+        suspicion = most_suspicious(inquiry, comparison, range(1, len(line)))
         refused = largest_forced(inquiry, forced)
         if suspicion is not None:
             (place, changes, change, belief), found_by = suspicion, "belief"
