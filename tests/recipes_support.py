@@ -59,9 +59,10 @@ def train(
     frame: pd.DataFrame,
     folder: Path | None = None,
     seed: int = 0,
+    device: str = "cpu",
     **parameters: Scalar,
 ) -> TrainingResult:
-    """A training on the recipe's own split, on the CPU."""
+    """A training on the recipe's own split."""
     place = folder or Path(tempfile.mkdtemp())
     part = recipe.split(frame)
     with Recorder(place) as recorder:
@@ -73,7 +74,7 @@ def train(
             seed=seed,
             folder=place,
             recorder=recorder,
-            device="cpu",
+            device=device,
         )
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -200,6 +201,22 @@ def test_an_interrupted_push_and_pull_go_on(
     assert push(store, remote=address).moved == 0
 
 
+def kill_at_random(
+    start: Callable[[], "subprocess.Popen[str]"], times: int, moments: random.Random
+) -> int:
+    """Start a command again and again and kill it at a random moment of the time that it takes; how often it was killed."""
+    kills, longest = 0, 6.0  # seconds; shorter as soon as one ran to its end
+    for _ in range(times):
+        begun, process = time.monotonic(), start()
+        moment = begun + moments.uniform(0.1, longest)
+        while process.poll() is None and time.monotonic() < moment:
+            time.sleep(0.005)
+        if process.poll() is not None:
+            longest = time.monotonic() - begun
+        kills += kill_group(process)
+    return kills
+
+
 @pytest.mark.slow
 def test_kills_at_random_moments_lose_nothing(
     address: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -209,17 +226,18 @@ def test_kills_at_random_moments_lose_nothing(
         use_key(store, request.getfixturevalue("ssh"), "me", address)
     frame = heavy_version(store)
     environment, moments = environment_of(address, request), random.Random(1)
-    kills = 0
-    for _ in range(12):
-        process = start_command(store.root, "push", "--to", address, environment=environment)
-        time.sleep(moments.uniform(0.5, 6.0))
-        kills += kill_group(process)
+    kills = kill_at_random(
+        lambda: start_command(store.root, "push", "--to", address, environment=environment),
+        12,
+        moments,
+    )
     push(store, remote=address)
     forget_all_copies(store)
-    for _ in range(6):
-        process = start_command(store.root, "pull", "--from", address, environment=environment)
-        time.sleep(moments.uniform(0.5, 6.0))
-        kills += kill_group(process)
+    kills += kill_at_random(
+        lambda: start_command(store.root, "pull", "--from", address, environment=environment),
+        6,
+        moments,
+    )
     pull(store, remote=address)
     assert kills > 6
     pd.testing.assert_frame_equal(store.load("flights"), frame)

@@ -24,9 +24,12 @@ from mlops_workbench.core.journal import read_journal
 from mlops_workbench.experiment.checkpoints import CHECKPOINT
 from mlops_workbench.experiment.trials import NOT_SHOWN, choose, run_grid
 from mlops_workbench.recipes.flights import flights
+from mlops_workbench.recipes.pictures import digits
+from mlops_workbench.recipes.protocol import Recipe
 from mlops_workbench.recipes.tabular import TabularRecipe
 
 WINTER = "2013-01..2013-03"
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 OUTPUTS = ("out/model.onnx", "out/model.safetensors", "history.json")
 
 
@@ -65,30 +68,43 @@ def is_pickle(path: Path) -> bool:
     return content[:1] == b"\x80" and content[1:2] <= b"\x05"
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device of this machine."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training of flights that nobody disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    subprocess.run(command(folder, "flights", WINTER, epochs=12, patience=12), check=True)
+    subprocess.run(winter(folder, device), check=True)
     return folder
 
 
-def test_same_seed_same_bytes_another_seed_other_bytes(undisturbed: Path, tmp_path: Path) -> None:
+def winter(folder: Path, device: str, seed: int = 0) -> list[str]:
+    """The command of twelve epochs of flights."""
+    return command(folder, "flights", WINTER, seed, epochs=12, patience=12, device=device)
+
+
+def test_same_seed_same_bytes_another_seed_other_bytes(
+    undisturbed: Path, device: str, tmp_path: Path
+) -> None:
     again, other = tmp_path / "again", tmp_path / "other"
-    subprocess.run(command(again, "flights", WINTER, epochs=12, patience=12), check=True)
+    subprocess.run(winter(again, device), check=True)
     assert outputs(again) == outputs(undisturbed)
-    subprocess.run(command(other, "flights", WINTER, 1, epochs=12, patience=12), check=True)
+    subprocess.run(winter(other, device, 1), check=True)
     assert outputs(other)["out/model.safetensors"] != outputs(undisturbed)["out/model.safetensors"]
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bytes(
-    undisturbed: Path, tmp_path: Path
+    undisturbed: Path, device: str, tmp_path: Path
 ) -> None:
     generator = random.Random(3)
     folder = tmp_path / "killed"
     kills = 0
     for _ in range(4):
-        process = subprocess.Popen(command(folder, "flights", WINTER, epochs=12, patience=12))
+        process = subprocess.Popen(winter(folder, device))
         begun = (folder / CHECKPOINT).stat().st_mtime_ns if (folder / CHECKPOINT).exists() else 0
         while process.poll() is None:  # wait for one more epoch, then a moment
             now = (folder / CHECKPOINT).stat().st_mtime_ns if (folder / CHECKPOINT).exists() else 0
@@ -101,7 +117,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
             break
         kills += 1
     else:
-        subprocess.run(command(folder, "flights", WINTER, epochs=12, patience=12), check=True)
+        subprocess.run(winter(folder, device), check=True)
     assert kills >= 2
     assert outputs(folder) == outputs(undisturbed)
     told = recorded(folder)
@@ -109,9 +125,9 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
     assert set(told) == set(recorded(undisturbed))
 
 
-def test_pictures_go_on_with_the_same_bytes_too(tmp_path: Path) -> None:
+def test_pictures_go_on_with_the_same_bytes_too(device: str, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    told = {"epochs": 4}
+    told = {"epochs": 4, "device": device}
     subprocess.run(command(whole, "digits", "0:600", **told), check=True)
     process = subprocess.Popen(command(killed, "digits", "0:600", **told))
     while not (killed / CHECKPOINT).exists() and process.poll() is None:
@@ -121,6 +137,24 @@ def test_pictures_go_on_with_the_same_bytes_too(tmp_path: Path) -> None:
     assert not (killed / "history.json").exists()
     subprocess.run(command(killed, "digits", "0:600", **told), check=True)
     assert outputs(killed) == outputs(whole)
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU that torch can use")
+@pytest.mark.parametrize(
+    ("recipe", "selection", "metric"), [(flights, WINTER, "brier"), (digits, "all", "accuracy")]
+)
+def test_a_gpu_learns_as_well_as_the_cpu(recipe: Recipe, selection: str, metric: str) -> None:
+    """Mixed precision on the GPU and full precision on the CPU: held-out figures within one point, the GPU really used."""
+    rows = recipe.source(selection)
+    held_out = rows[recipe.split(rows) == "test"]
+    found = {}
+    for place in DEVICES:
+        before = torch.cuda.max_memory_allocated()
+        result = train(recipe, rows, device=place)
+        assert (torch.cuda.max_memory_allocated() > before) == (place == "cuda")
+        found[place] = judge(result.model, recipe, held_out)[metric]
+        print(f"{recipe.name} on {place}: {metric} {found[place]:.4f}, {result.seconds:.1f} s")
+    assert found["cuda"] == pytest.approx(found["cpu"], abs=0.01)
 
 
 def test_a_checkpoint_of_another_training_is_not_continued(tmp_path: Path) -> None:

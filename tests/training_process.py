@@ -1,4 +1,4 @@
-"""A training in a process of its own, to be killed: RECIPE SELECTION SEED FOLDER [name=JSON ...]."""
+"""A training in a process of its own, to be killed: RECIPE SELECTION SEED FOLDER [device=JSON] [name=JSON ...]."""
 
 import json
 import sys
