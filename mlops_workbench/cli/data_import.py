@@ -75,11 +75,11 @@ def import_data(
     with waiting(f"reading {source} and storing its rows"), tempfile.TemporaryDirectory() as work:
         found = _read(store, source, labels, Path(work))
         rows = _rows(store, name, found)
-        about = version_columns(
-            store, name, list(rows.columns), key or found.key, label or found.label
-        )
+        as_files = found.kind == "pictures" and rows is found.frame
+        named = (key or found.key, label or found.label) if as_files else (key, label)
+        about = version_columns(store, name, list(rows.columns), *named)
         about |= {"append": append, "batch": batch, "force": force}
-        about |= {"pictures": IMAGE if found.kind == "pictures" else ""}
+        about |= {"pictures": IMAGE if as_files else ""}
         message = message or f"imported from {found.origin}"
         intake = take_rows(store, name, rows, message=message, **about)
     what = f"({found.kind}) from {found.origin}"
@@ -104,18 +104,22 @@ def _read(store: DataStore, source: str, labels: Path | None, work: Path) -> Sou
 def _rows(store: DataStore, name: str, found: Source) -> pd.DataFrame:
     """The rows of a source; for the recipe's data set in the form of its table.
 
-    Raises UsageError for files of pictures that the recipe does not read.
+    Raises UsageError for files of pictures where the recipe learns from a table.
     """
     from mlops_workbench.recipes.protocol import delivered_rows, load_recipe
 
     recipe = load_recipe(store.workspace.settings.workspace.recipe, store.root)
     if name != recipe.dataset:
         return found.frame
-    if found.kind == "pictures":
+    if found.kind != "pictures":
+        return delivered_rows(recipe, found.frame)
+    read = getattr(recipe, "rows_of_files", None)
+    if read is None:
         columns = [each.name for each in recipe.features.features]
         raise UsageError(
             f"expected rows for the recipe {recipe.name!r} (columns {recipe.features.key}, {', '.join(columns[:5])}, "
             f"{recipe.features.label}), found a folder of picture files; store the files under another name than "
-            f"{name!r}, and let a recipe of yours read them from there"
+            f"{name!r}, or make a workspace whose recipe learns from them: mwb init DIR --pictures {found.origin}"
         )
-    return delivered_rows(recipe, found.frame)
+    rows: pd.DataFrame = read(found.frame)
+    return rows

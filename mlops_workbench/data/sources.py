@@ -9,6 +9,7 @@ __all__ = ['TABLES', 'PICTURES', 'BESIDE', 'LFS', 'Source', 'real_file', 'opened
 import contextlib
 import csv
 import gzip
+import os
 import re
 import subprocess
 
@@ -172,7 +173,7 @@ def read_source(
     labels: Path | None = None,  # a CSV with the columns path and label
 ) -> Source:
     """The rows of a source; raises UsageError for a source of another kind, DataError for a damaged one."""
-    source = Path(source).expanduser().absolute()
+    source = Path(os.path.abspath(Path(source).expanduser()))  # without .., links stay
     with opened(source, work) as place:
         if place.is_file():
             if not place.name.endswith(TABLES):

@@ -17,7 +17,7 @@ from typing import Any
 import mlops_workbench
 
 from ..core.errors import StageError, WorkbenchError
-from ..core.files import digest_of, sha256_file
+from ..core.files import digest_of, sha256_file, sha256_path
 from ..core.workspace import Workspace
 from ..data.names import find_version, whole_ref
 from ..experiment.provenance import recipe_digest
@@ -153,11 +153,8 @@ def slots_stand(workspace: Workspace, manifest: Manifest) -> bool:
 
 # %% ../../nbs/pipeline/10_reuse.ipynb #c1e7beb0
 def files_stand(manifest: Manifest) -> bool:
-    """Whether every file from outside that a finished run read still holds what the run read."""
-    return all(
-        Path(name).is_file() and sha256_file(Path(name)) == sha256
-        for name, sha256 in manifest.files.items()
-    )
+    """Whether every file and folder from outside that a finished run read still holds what the run read."""
+    return all(sha256_path(Path(name)) == sha256 for name, sha256 in manifest.files.items())
 
 # %% ../../nbs/pipeline/10_reuse.ipynb #4f952230
 def reuse_key(

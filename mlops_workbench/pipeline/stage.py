@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ..core.errors import StageError, StageParameterError, shorten
-from ..core.files import safe_join, sha256_file
+from ..core.files import safe_join, sha256_path
 from ..core.workspace import Workspace
 from ..experiment.hardware import HardwareSampler
 from ..experiment.recorder import Recorder
@@ -152,10 +152,10 @@ class Stage:
         return found.digest if found else None
 
     def input(self, path: Path) -> Path:
-        """A file from outside that the stage reads; the run is used again only while the file holds the same bytes."""
+        """A file or folder from outside that the stage reads; the run is used again only while it holds the same bytes."""
         found = path if path.is_absolute() else self.workspace.root / path
-        if found.is_file():
-            self._files[str(found)] = sha256_file(found)
+        if digest := sha256_path(found):
+            self._files[str(found)] = digest
         return found
 
     def output(self, name: str) -> Path:
