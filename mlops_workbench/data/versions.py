@@ -140,7 +140,12 @@ class DataStore:
                 job = Snapshot(
                     self.places, name, version, rows, base, message, batch, force, pictures, arrived
                 )
-                accepted = not force and report is not None and report.verdict != "refuse"
+                accepted = (
+                    not force
+                    and report is not None
+                    and report.rows == len(frame)  # all of them were judged, what was forced in too
+                    and report.verdict != "refuse"
+                )
                 standing = [parse_tag(same[-1])] if same and same[-1] is known[-1] else []
                 if base is not None and base.version.digest == rows.digest and base.is_whole():
                     standing.append(base.version)
