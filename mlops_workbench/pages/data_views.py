@@ -19,10 +19,11 @@ from ..data.stored import StoredVersion
 from ..data.thumbnails import brightness, picture_column, thumbnail
 from ..data.versions import DataStore
 from .read_models import Tables
+from ..recipes.protocol import load_recipe
 
 # %% auto #0
-__all__ = ['SHOWN_PICTURES', 'SHOWN_ROWS', 'SAMPLED', 'cell_text', 'sample', 'picture_rows', 'column_rows', 'some_rows',
-           'diff_tables', 'problem_tables']
+__all__ = ['SHOWN_PICTURES', 'SHOWN_ROWS', 'SAMPLED', 'cell_text', 'sample', 'class_names', 'class_name', 'picture_rows',
+           'column_rows', 'some_rows', 'diff_tables', 'problem_tables']
 
 # %% ../../nbs/pages/10_data_views.ipynb #a28d1685
 SHOWN_PICTURES, SHOWN_ROWS = 24, 10
@@ -44,12 +45,28 @@ def sample(frame: pd.DataFrame, pictures: str) -> str:
     rows = [[cell_text(cell) for cell in row] for row in shown.itertuples(index=False, name=None)]
     return json.dumps({"columns": [str(name) for name in shown.columns], "rows": rows})
 
-# %% ../../nbs/pages/10_data_views.ipynb #53f310c9
+# %% ../../nbs/pages/10_data_views.ipynb #8ab49da2
+def class_names(store: DataStore, name: str) -> tuple[str, ...]:
+    """Return the names of the labels of the recipe's data set; none for another one, or a recipe that cannot be read."""
+    try:
+        recipe = load_recipe(store.workspace.settings.workspace.recipe, store.root)
+    except Exception:  # noqa: BLE001 -- a recipe is a person's own code; the page shows the numbers then
+        return ()
+    return recipe.features.classes if recipe.dataset == name else ()
+
+
+def class_name(label: object, classes: Sequence[str]) -> str:
+    """Return a label as a person calls it."""
+    number = int(str(label)) if str(label).isdigit() else len(classes)
+    return classes[number] if number < len(classes) else f"{label}"
+
+
 def picture_rows(
     difference: DataDiff,
     before: pd.DataFrame,  # some rows of each version
     after: pd.DataFrame,
     stored: StoredVersion,  # the later one
+    classes: Sequence[str] = (),  # the name of each label, where labels are numbers
 ) -> list[tuple[str, str, str, str]]:
     """Return kind, key, caption and address of the thumbnails of what changed."""
     key, label = stored.version.key, stored.version.label
@@ -62,11 +79,15 @@ def picture_rows(
         if column in frame:
             part = frame.iloc[_spread(len(frame))]
             cells = zip(part[key], part[label], part[column], strict=True)
-            found += [(kind, str(k), f"{v}", thumbnail(cell, white)) for k, v, cell in cells]
+            found += [
+                (kind, str(k), class_name(v, classes), thumbnail(cell, white))
+                for k, v, cell in cells
+            ]
     moved = difference.relabelled.iloc[_spread(len(difference.relabelled))]
     by_key = _cells(stored, moved["key"].tolist(), column) if column in after else {}
     for k, old, new in moved.itertuples(index=False, name=None):
-        found.append(("relabelled", str(k), f"{old} \u2192 {new}", thumbnail(by_key.get(k), white)))
+        names = f"{class_name(old, classes)} \u2192 {class_name(new, classes)}"
+        found.append(("relabelled", str(k), names, thumbnail(by_key.get(k), white)))
     redrawn = difference.changed[difference.changed["column"] == column].head(SHOWN_PICTURES // 2)
     for row in redrawn.itertuples():
         for when in ("before", "after"):
@@ -130,7 +151,7 @@ def diff_tables(store: DataStore, before: DataVersion, after: DataVersion) -> Ta
     sides = store.stored(before), store.stored(after)
     frames = some_rows(sides[0]), some_rows(sides[1])
     key, label = after.key, after.label
-    pictures = picture_rows(difference, *frames, sides[1])
+    pictures = picture_rows(difference, *frames, sides[1], class_names(store, after.name))
     column = picture_column(frames[1])
     samples = [
         (kind, len(frame), sample(frame, column))

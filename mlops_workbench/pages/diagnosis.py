@@ -11,7 +11,8 @@ from typing import Any
 from .look import Markup, escape, table_html
 
 # %% auto #0
-__all__ = ['Record', 'COLOURS', 'SHAPES', 'verdict_html', 'effect_words', 'data_html', 'rows_html', 'diagnosis_html']
+__all__ = ['Record', 'COLOURS', 'SHAPES', 'verdict_html', 'effect_words', 'data_html', 'picture_html', 'rows_html',
+           'diagnosis_html']
 
 # %% ../../nbs/pages/16_diagnosis.ipynb #5801b6e8
 Record = Mapping[str, Any]
@@ -62,21 +63,39 @@ def data_html(data: Record) -> str:
     return f'<div class="mwb-card"><span class="mwb-name">The data</span><dl>{parts}</dl></div>'
 
 
+def picture_html(row: Record) -> Markup:
+    """Return the row's picture, small."""
+    if not row.get("picture"):
+        return Markup("")
+    words = f"{row['key']}: {row.get('label', '')}"
+    return Markup(
+        f'<img class="mwb-row-picture" src="{escape(row["picture"])}" alt="{escape(words)}">'
+    )
+
+
 def rows_html(data: Record, shown: int = 10) -> str:
     """Return the guilty rows, or those to look at where no fall is shown, the most suspicious first."""
     ranked = data.get("rows") or []
     rows = [row for row in ranked if row.get("guilty", True)]
     if not rows and data.get("suspicious_keys"):
         rows = ranked
+    pictures, values = (any(row.get(n) for row in rows[:shown]) for n in ("picture", "values"))
     cells = [
-        [Markup(f'<span class="mwb-nowrap">{escape(row["key"])}</span>'), row.get("label", ""), row.get("likely", ""),
-         "" if row.get("belief") is None else f"{row['belief']:.1%}"]
+        [*([picture_html(row)] if pictures else []), Markup(f'<span class="mwb-nowrap">{escape(row["key"])}</span>'), row.get("label", ""), row.get("likely", ""),
+         "" if row.get("belief") is None else f"{row['belief']:.1%}", *([row.get("values", "")] if values else [])]
         for row in rows[:shown]
     ]  # fmt: skip
     if not cells:
         return ""
     total = len(data.get("guilty_keys") or data.get("suspicious_keys") or rows)
-    columns = ["row", "label", "likely", "wrong with"]
+    columns = [
+        *(["picture"] if pictures else []),
+        "row",
+        "label",
+        "likely",
+        "wrong with",
+        *(["values"] if values else []),
+    ]
     title = f"<h3>Rows, most suspicious first ({len(cells)} of {total:,})</h3>"
     return title + table_html(columns, cells, "", "guilty rows")
 

@@ -16,7 +16,9 @@ import numpy as np
 import pandas as pd
 
 from ..core.clock import iso
+from ..core.errors import shorten
 from ..core.workspace import Workspace
+from ..data.thumbnails import brightness, picture_column, thumbnail
 from ..data.versions import DataStore
 from ..experiment.retrains import Budget, Retrainer
 from ..experiment.sequential import Comparison, compare_sides
@@ -40,7 +42,7 @@ from mlops_workbench.pipeline.suspects import (
 from ..recipes.protocol import Recipe
 
 # %% auto #0
-__all__ = ['Remedy', 'Diagnosis', 'sides_table', 'diagnose', 'choose_remedy', 'culprit_record', 'diagnosis_record',
+__all__ = ['Remedy', 'Diagnosis', 'sides_table', 'diagnose', 'choose_remedy', 'seen_rows', 'culprit_record', 'diagnosis_record',
            'record_diagnosis']
 
 # %% ../../nbs/pipeline/54_diagnosis.ipynb #4d7e9bec
@@ -243,7 +245,28 @@ def choose_remedy(
         )
     return Remedy("", "nothing to take back")
 
-# %% ../../nbs/pipeline/54_diagnosis.ipynb #c05a498f
+# %% ../../nbs/pipeline/54_diagnosis.ipynb #d4011037
+def seen_rows(culprit: Culprit) -> list[dict[str, str]]:
+    """How each of the first 100 ranked rows looks, where it is kept: its picture as a `data:` address, or its values as text."""
+    examples = pd.DataFrame() if culprit.examples is None else culprit.examples
+    column = picture_column(examples)
+    if column:
+        white = brightness(examples[column])
+        seen = [{"picture": thumbnail(cell, white)} for cell in examples[column]]
+    else:
+        rows = examples.to_dict("records")
+        seen = [
+            {
+                "values": shorten(
+                    ", ".join(f"{n} {v}" for n, v in row.items() if n != examples.columns[0]), 160
+                )
+            }
+            for row in rows
+        ]
+    rest: list[dict[str, str]] = [{}] * (100 - len(seen))
+    return seen + rest
+
+
 def culprit_record(culprit: Culprit) -> dict[str, Any]:
     """The search among the data versions as plain values."""
     rows = culprit.rows
@@ -263,7 +286,8 @@ def culprit_record(culprit: Culprit) -> dict[str, Any]:
         "suspicious_keys": [_plain(key) for key in culprit.suspicious_keys],
         "forced_rows": {ref: len(keys) for ref, keys in culprit.forced.items()},
         "rows": [] if rows is None else [
-            {name: _plain(value) for name, value in row.items()} for row in rows.head(100).to_dict("records")
+            {str(name): _plain(value) for name, value in row.items()} | seen
+            for row, seen in zip(rows.head(100).to_dict("records"), seen_rows(culprit), strict=False)
         ],
         "steps": [asdict(step) for step in culprit.steps],
         "retrains": culprit.retrains,
