@@ -118,9 +118,14 @@ def judge_parameters(fall: Fall, comparison: Comparison | None) -> Finding:
     if comparison is None:
         return Finding("parameters", "changed", f"{words}; not tried", numbers)
     numbers |= {"effect": comparison.effect.difference, "p_value": comparison.effect.p_value}
+    numbers["retrains"] = len(comparison.good) + len(comparison.bad)  # beside those of the data
+    cost = f" ({numbers['retrains']} retrains of their own)"
     verdict = "guilty" if comparison.is_worse else "innocent"
     return Finding(
-        "parameters", verdict, f"{words}; on the same rows {comparison.effect.words()}", numbers
+        "parameters",
+        verdict,
+        f"{words}; on the same rows {comparison.effect.words()}{cost}",
+        numbers,
     )
 
 # %% ../../nbs/pipeline/53_suspects.ipynb #6ca5e2c4
