@@ -15,9 +15,11 @@ from PIL import Image
 
 from mlops_workbench.cli.main import main
 from mlops_workbench.core.errors import IntegrityError
+from mlops_workbench.core.workspace import Workspace
 from mlops_workbench.data.dvc import run_dvc
 from mlops_workbench.data.sources import real_file
 from mlops_workbench.data.versions import DataStore
+from mlops_workbench.recipes.pictures import digits
 
 PLAIN = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
@@ -181,3 +183,41 @@ def test_the_dataset_of_a_run(
     assert said["rows"] == 80 and "january" in said["source"] and said["kind"] == "table"
     assert taken(store, f"runs:/{run}/june", "--key", "id", "--label", "late") == 2
     assert "january" in capsys.readouterr().err
+
+
+def scans(folder: Path, selection: str, shift: int = 0) -> Path:
+    """The digits as picture files of 16 x 16 colour pixels, one folder a class; `shift` moves them into the next class' folder."""
+    for key, image, label in digits.source(selection).itertuples(index=False):
+        target = folder / f"class-{(label + shift) % 10}" / f"{key}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        grey = Image.fromarray((image.reshape(8, 8) * 15).astype(np.uint8))
+        grey.resize((16, 16)).convert("RGB").save(target)
+    return folder
+
+
+def test_pictures_of_ones_own_are_learned_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, next_, odd = (tmp_path / name for name in ("first", "next", "odd"))
+    root = tmp_path / "mine"
+    assert main(["init", str(root), "--pictures", str(scans(first, "0:900"))]) == 0
+    assert main(["run", "prepare", "train", "-w", str(root)]) == 0
+    store = DataStore(Workspace.open(root))
+    assert [version.rows for version in store.versions("mine")] == [900]
+    assert "accuracy 0.9" in capsys.readouterr().out
+    more = ["--append", "-w", str(root)]
+    assert main(["data", "import", "mine", str(scans(next_, "900:1000")), *more]) == 0
+    rows = store.load("mine")
+    assert len(rows) == 1000 and set(rows["label"]) == set(range(10))
+    assert {image.shape for image in rows["image"]} == {(256,)}
+    capsys.readouterr()
+    # the same pictures again change nothing, and wrongly filed ones are refused as a whole
+    assert main(["data", "import", "mine", str(next_), *more]) == 0
+    assert "unchanged" in capsys.readouterr().out
+    assert main(["data", "import", "mine", str(scans(odd, "1000:1300", 1)), *more]) == 4
+    said = capsys.readouterr().err
+    assert "labels are wrong" in said and "--force" in said
+    (odd / "class-3").rename(odd / "clas-3")
+    assert main(["data", "import", "mine", str(odd), *more]) == 1
+    assert "did you mean 'class-3'" in capsys.readouterr().err
+    assert len(store.load("mine")) == 1000
