@@ -165,6 +165,8 @@ def take_rows(
 # %% ../../nbs/cli/26_data_support.ipynb #5bdf5603
 def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any) -> None:
     """Print what became of a delivery; `what` stands behind the number of rows."""
+    from mlops_workbench.data.findings import rows_in_words
+
     version = intake.version
     assert version is not None, "a refusal is an error"
     if as_json:
@@ -178,5 +180,5 @@ def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any
         click.echo(f"  {problem.severity}: {problem.column}: {problem.text}")
     if intake.quarantine is not None:
         click.echo(
-            f"{intake.held:,} rows wait in {intake.quarantine.ref}: see them with `mwb data review {name}`"
+            f"{rows_in_words(intake.held)} held back in {intake.quarantine.ref}: see them with `mwb data review {name}`"
         )

@@ -41,6 +41,7 @@ class Pointer(BaseModel):
     epoch: int = Field(ge=0)
     slots: dict[str, SlotEntry]  # "champion" always stands first
     split: dict[str, float]  # slot -> share of the traffic; the shares sum to 1
+    salt: str = ""  # of the rollout: decides which entity falls into which share
 
     @model_validator(mode="after")
     def _check_slots(self) -> "Pointer":

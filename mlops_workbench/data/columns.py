@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from ..core.errors import shorten
-from .findings import EXAMPLES, Problem, Severity, row_problem
+from .findings import EXAMPLES, Problem, Severity, row_problem, rows_in_words
 
 if TYPE_CHECKING:
     import pandera.pandas as pandera
 
 # %% auto #0
 __all__ = ['MISSING', 'RANGE_SHARE', 'ABSURD', 'UNKNOWN_SHARE', 'CERTAIN', 'FEW', 'check_schema', 'usual_change', 'check_missing',
-           'check_range', 'check_categories', 'column_kind', 'check_against', 'fit_cells', 'check_keys']
+           'check_range', 'check_categories', 'column_kind', 'check_against', 'fit_cells', 'check_label_gaps',
+           'check_keys']
 
 # %% ../../nbs/data/34_columns.ipynb #bbdcef3a
 MISSING = "the column is missing"
@@ -223,13 +224,30 @@ def fit_cells(
             continue
         first = shorten(frame.loc[wrong, name].iloc[0], 40)
         what = "an unknown label" if name == label else "text in place of a number"
-        text = f"{int(wrong.sum()):,} rows with {what}, first {first}"
+        text = f"{rows_in_words(int(wrong.sum()))} with {what}, first {first}"
         rule = "one of the known labels" if name == label else "numbers"
         problems.append(row_problem(frame, wrong, key=key, column=name, rule=rule, text=text))
         frame = frame.assign(**{name: numbers})
     return frame, problems
 
-# %% ../../nbs/data/34_columns.ipynb #07184559
+# %% ../../nbs/data/34_columns.ipynb #41011251
+def check_label_gaps(
+    frame: pd.DataFrame, previous: pd.DataFrame, key: str, label: str
+) -> list[Problem]:
+    """A finding about rows without a label, where every row of the version before has one."""
+    if label not in frame or label not in previous or previous[label].isna().any():
+        return []
+    missing = frame[label].isna()
+    if not missing.any():
+        return []
+    text = f"{rows_in_words(int(missing.sum()))} without a label"
+    return [
+        row_problem(
+            frame, missing, key=key, column=label, rule="a label in every row, as before", text=text
+        )
+    ]
+
+
 def check_keys(frame: pd.DataFrame, key: str) -> list[Problem]:
     """Findings about missing and doubled keys, and a missing key column."""
     if key not in frame:
@@ -237,7 +255,7 @@ def check_keys(frame: pd.DataFrame, key: str) -> list[Problem]:
     problems = []
     missing = frame[key].isna()
     if missing.any():
-        text = f"{missing.sum():,} rows without"
+        text = f"{rows_in_words(int(missing.sum()))} without"
         found = row_problem(
             frame, missing, key=key, column=key, rule="a key in every row", text=text
         )

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..core.copies import original_key
 from ..core.errors import shorten
 from .columns import FEW, column_kind, usual_change
-from .findings import Problem, row_problem
+from .findings import Problem, row_problem, rows_in_words
 from .permutation import number_scale
 
 # %% ../../nbs/data/35_consistency.ipynb #652f6aec
@@ -151,7 +151,7 @@ def check_text(frame: pd.DataFrame, previous: pd.DataFrame, column: str, key: st
             key=key,
             column=column,
             rule=rule,
-            text=f"{int(mask.sum()):,} rows with {what}, first {shorten(texts[mask].iloc[0], 40)}",
+            text=f"{rows_in_words(int(mask.sum()))} with {what}, first {shorten(texts[mask].iloc[0], 40)}",
         )
         for mask, rule, what in rules
         if mask.any()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import DataError, IntegrityError
 from ..core.ledger import Ledger
+from .findings import rows_in_words
 from .pictures import small_copy
 from .quarantine import hold_rows, split_batch
 from .records import DataVersion
@@ -275,9 +276,12 @@ def _record(
     text = f"{report.rows} rows were not stored: {words(report)}."
     evidence = report.summary()
     if waiting:
-        verdict, title = "quarantined", f"{len(report.held)} rows of {name} wait for a review"
+        verdict, title = (
+            "quarantined",
+            f"{rows_in_words(len(report.held))} of {name} held back for a review",
+        )
         text = (
-            f"{len(report.held)} of {report.rows} rows were held back: {words(report)}. Look at them with "
+            f"{len(report.held)} of {rows_in_words(report.rows)} held back: {words(report)}. Look at them with "
             f"`mwb data review {name}`."
         )
         evidence = {**evidence, "quarantine": waiting}

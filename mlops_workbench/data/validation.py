@@ -20,6 +20,7 @@ from mlops_workbench.data.columns import (
     MISSING,
     check_against,
     check_keys,
+    check_label_gaps,
     check_schema,
     fit_cells,
     usual_change,
@@ -215,6 +216,8 @@ def _check_columns(
         return problems
     found = check_against(frame, previous, key, limits.maximum_missing_share_change, skip)
     missing = {problem.column for problem in found if problem.text.startswith(MISSING)}
+    if not any(problem.column == names["label"] for problem in [*problems, *found]):
+        found += check_label_gaps(frame, previous, **names)
     problems = [p for p in problems if p.text != MISSING or p.column not in missing] + found
     whole = {problem.column for problem in problems if problem.severity == "refuse"}
     more = check_consistency(frame, previous, skip=skip, **names)

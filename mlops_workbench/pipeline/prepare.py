@@ -11,6 +11,7 @@ import pandas as pd
 
 from ..core.errors import DataError, UsageError
 from ..core.workspace import Workspace
+from ..data.findings import rows_in_words
 from ..data.intake import added_rows, judge, take_in, words
 from ..data.sources import read_table
 from ..data.tables import check_frame
@@ -172,7 +173,7 @@ def _store(
     said = f"{ref}: {intake.version.rows} rows, {new} of them new{again}, {how}"
     if intake.quarantine is not None:
         said += (
-            f"; {intake.held} rows wait in {intake.quarantine.ref}: see them with "
+            f"; {rows_in_words(intake.held)} held back in {intake.quarantine.ref}: see them with "
             f"`mwb data review {recipe.dataset}`"
         )
     verdict = "forced" if forced else "quarantined" if intake.held else "accepted"

@@ -37,7 +37,8 @@ from mlops_workbench.serving.http import (
 )
 from .prediction_log import PredictionLogError
 from .requests import RequestError, decode_feedback, decode_predict
-from .service import SLOT, PredictionService
+from .service import PredictionService
+from .slots import CHAMPION
 
 # %% auto #0
 __all__ = ['INLINE_ROWS', 'LOGGED_ROUTES', 'UNLOGGED_STATUS', 'logger', 'Handler', 'ROUTES', 'WorkspaceName', 'PredictionApp',
@@ -128,12 +129,12 @@ async def predict(app: PredictionApp, request: Request) -> Answer:
     """POST /predict: probabilities for one row or many."""
     check_content_type(request.headers)
     body = await read_body(request, app.settings.maximum_body_bytes)
-    model = app.service.champion()
+    arms = app.service.arms()
     question = decode_predict(body, app.settings.maximum_rows)
     if len(question.rows) <= INLINE_ROWS:
-        return Answer(app.service.predict(model, question, request.started))
+        return Answer(app.service.predict(arms, question, request.started))
     loop = asyncio.get_running_loop()
-    work = loop.run_in_executor(app.worker, app.service.predict, model, question, request.started)
+    work = loop.run_in_executor(app.worker, app.service.predict, arms, question, request.started)
     return Answer(await work)
 
 # %% ../../nbs/serving/08_app.ipynb #dafcb388
@@ -155,7 +156,7 @@ async def release(app: PredictionApp, request: Request) -> Answer:
     schema = model.schema.model_dump(mode="json")
     about = {
         "release": manifest["name"],
-        "slot": SLOT,
+        "slot": CHAMPION,
         "epoch": status.epoch,
         "since": status.since,
     }

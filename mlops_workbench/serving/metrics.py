@@ -35,8 +35,13 @@ class StateCollector(Collector):
             "mwb_release", "1 for the release that serves", labels=["slot", "name", "digest"]
         )
         if status.digest:
-            serving.add_metric(["champion", status.name, status.digest], 1)
+            for arm in status.arms:
+                serving.add_metric([arm.slot, arm.name, arm.digest], 1)
         yield serving
+        shares = GaugeMetricFamily("mwb_traffic_share", "Share of the traffic", labels=["slot"])
+        for arm in status.arms:
+            shares.add_metric([arm.slot], arm.share)
+        yield shares
         problem = GaugeMetricFamily(
             "mwb_release_problem", "1 when the pointer's wish is not fulfilled", labels=["reason"]
         )
@@ -83,7 +88,13 @@ class ServerMetrics:
             "mwb_feedback", "Items of feedback by outcome", ["outcome"], registry=self.registry
         )
         self._children: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
-        self._rows: dict[str, Counter] = {}
+        self._rows: dict[tuple[str, str], Counter] = {}
+        self._failed = Counter(
+            "mwb_failed_arm",
+            "Rows that the champion answered because their slot failed",
+            ["slot", "digest"],
+            registry=self.registry,
+        )
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Count one answer."""
@@ -96,10 +107,14 @@ class ServerMetrics:
 
     def predictions(self, slot: str, digest: str, rows: int) -> None:
         """Count answered rows."""
-        child = self._rows.get(digest)
+        child = self._rows.get((slot, digest))
         if child is None:
-            child = self._rows[digest] = self._predictions.labels(slot, digest)
+            child = self._rows[slot, digest] = self._predictions.labels(slot, digest)
         child.inc(rows)
+
+    def failed_arm(self, slot: str, digest: str, rows: int) -> None:
+        """Count rows that the champion answered in place of another slot."""
+        self._failed.labels(slot, digest).inc(rows)
 
     def feedback(self, counts: FeedbackCounts) -> None:
         """Count the items of one feedback request."""

@@ -10,30 +10,29 @@ import logging
 import os
 import time
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from ..core.clock import timestamp
-from ..core.errors import shorten
-from ..core.features import FeatureError
+from ..core.errors import ServingError, shorten
+from ..core.features import FeatureError, FeatureSchema
 from ..core.settings import ServingSettings
 from .feedback import FeedbackBook, FeedbackCounts, FeedbackItem
 from .metrics import ServerMetrics
 from .models import LoadedModel
 from .prediction_log import PredictionLog, recent_records, recover_segments
 from .requests import Question, RequestError
-from .slots import ModelSlots
+from .slots import CHAMPION, Arms, ModelSlots
 
 # %% auto #0
-__all__ = ['LOOK_BACK_BYTES', 'SLOT', 'logger', 'logged_rows', 'prediction_records', 'predict_reply', 'RequestNames',
-           'PredictionService']
+__all__ = ['LOOK_BACK_BYTES', 'logger', 'Rows', 'Answered', 'FAILED_ARM', 'logged_rows', 'prediction_records', 'predict_reply',
+           'entity_keys', 'RequestNames', 'PredictionService']
 
 # %% ../../nbs/serving/07_service.ipynb #a688e98a
 LOOK_BACK_BYTES = 32 * 1024 * 1024  # of the log, read at start to know recent requests
-SLOT = "champion"
 
 logger = logging.getLogger(__name__)
 
@@ -84,25 +83,36 @@ def prediction_records(
         for row_id, row, shares in zip(ids, rows, probabilities, strict=True)
     ]
 
-# %% ../../nbs/serving/07_service.ipynb #32d19fc6
-def predict_reply(model: LoadedModel, slot: str, records: list[dict[str, Any]]) -> bytes:
-    """The reply to a question, made of what was logged."""
-    classes = model.classes
-    return msgspec.json.encode(
-        {
-            "release": model.manifest.name,
-            "digest": model.digest,
-            "slot": slot,
-            "predictions": [
-                {
-                    "id": record["id"],
-                    "prediction": classes[record["prediction"]],
-                    "probabilities": dict(zip(classes, record["probabilities"], strict=True)),
-                }
-                for record in records
-            ],
+# %% ../../nbs/serving/07_service.ipynb #769f07f0
+def predict_reply(models: Mapping[str, LoadedModel], records: list[dict[str, Any]]) -> bytes:
+    """The reply to a question, made of what was logged; with several slots each answer says which one gave it."""
+    predictions = []
+    mixed = any(record["slot"] != records[0]["slot"] for record in records)
+    for record in records:
+        classes = models[record["slot"]].classes
+        answer = {
+            "id": record["id"],
+            "prediction": classes[record["prediction"]],
+            "probabilities": dict(zip(classes, record["probabilities"], strict=True)),
         }
-    )
+        if mixed:
+            answer |= {
+                name: record[field] for name, field in (("release", "name"), ("slot", "slot"))
+            }
+        predictions.append(answer)
+    slot = CHAMPION if mixed or not records else records[0]["slot"]
+    model = models[slot]
+    about = {"release": model.manifest.name, "digest": model.digest, "slot": slot}
+    return msgspec.json.encode({**about, "predictions": predictions})
+
+
+def entity_keys(
+    schema: FeatureSchema, rows: Sequence[Mapping[str, Any]], ids: Sequence[str]
+) -> list[str]:
+    """Who each row is about: its entity, else its key, else the answer's own id."""
+    name = schema.entity or schema.key
+    found = [row.get(name) if name else None for row in rows]
+    return [ids[place] if value is None else str(value) for place, value in enumerate(found)]
 
 # %% ../../nbs/serving/07_service.ipynb #2d3f0d02
 class RequestNames:
@@ -116,7 +126,14 @@ class RequestNames:
         """A new name."""
         return f"{self._prefix}-{next(self._numbers):x}"
 
-# %% ../../nbs/serving/07_service.ipynb #7751b4b4
+# %% ../../nbs/serving/07_service.ipynb #da7b52ae
+Rows = list[dict[str, Any]]
+Answered = tuple[
+    str, Rows, list[list[float]], list[int]
+]  # slot, rows for the log, probabilities, places
+FAILED_ARM = 500  # status of the record when a slot failed and the champion answered in its place
+
+
 class PredictionService:
     """Answers, remembers and records; `predict` may run in several threads, the rest in one."""
 
@@ -146,32 +163,66 @@ class PredictionService:
         self.slots.stop()
         self.log.close()
 
-    def champion(self) -> LoadedModel:
-        """The release that serves; RequestError 503 before there is one."""
-        model = self.slots.champion
-        if model is None:
+    def arms(self) -> Arms:
+        """What serves; RequestError 503 before there is a release."""
+        arms = self.slots.arms
+        if arms is None:
             problem = self.slots.status().problem
             why = "deploy one, or wait for it to load" if problem is None else problem.reason
             raise RequestError(503, f"expected a release to answer with, found none; {why}")
-        return model
+        return arms
 
-    def predict(self, model: LoadedModel, question: Question, started: float) -> bytes:
+    def champion(self) -> LoadedModel:
+        """The release that serves; RequestError 503 before there is one."""
+        return self.arms().champion
+
+    def predict(self, arms: Arms, question: Question, started: float) -> bytes:
         """Predict, write to the log, and only then give the reply in JSON.
 
+        Every entity is answered by its own slot; where another slot than the champion fails, the champion answers.
         `started` is time.perf_counter at the request's first byte. FeatureError names a field and row that do not fit,
         ServingError says that the model gave nonsense, PredictionLogError that the answer could not be written.
         """
-        rows = logged_rows(model, question.rows)
-        found = model.probabilities(question.rows)
-        probabilities = found.astype(float).round(7).tolist()
         request = self.names.next()
-        ids = question.ids or [f"{request}-{row}" for row in range(len(rows))]
+        ids = question.ids or [f"{request}-{row}" for row in range(len(question.rows))]
+        groups = arms.divide(entity_keys(arms.champion.schema, question.rows, ids))
+        answers: list[Answered] = []
+        for slot, places in groups.items():
+            rows = question.rows if len(groups) == 1 else [question.rows[place] for place in places]
+            answers.append((*self._answer(arms, slot, rows), places))
         latency_ms = round((time.perf_counter() - started) * 1000, 3)
-        records = prediction_records(model, SLOT, request, ids, rows, probabilities, latency_ms)
+        records: list[dict[str, Any]] = [{}] * len(ids)
+        for slot, known, probabilities, places in answers:
+            own = [ids[place] for place in places]
+            model = arms.models[slot]
+            made = prediction_records(model, slot, request, own, known, probabilities, latency_ms)
+            for place, record in zip(places, made, strict=True):
+                records[place] = record
         self.log.append(records)
         self.book.add_predictions(ids)
-        self.metrics.predictions(SLOT, model.digest, len(rows))
-        return predict_reply(model, SLOT, records)
+        for slot, _, _, places in answers:
+            self.metrics.predictions(slot, arms.models[slot].digest, len(places))
+        return predict_reply(arms.models, records)
+
+    def _answer(
+        self, arms: Arms, slot: str, rows: list[dict[str, Any]]
+    ) -> tuple[str, Rows, list[list[float]]]:
+        """The slot that answered, its rows for the log and its probabilities."""
+        model = arms.models[slot]
+        try:
+            logged = logged_rows(model, rows)
+            return slot, logged, model.probabilities(rows).astype(float).round(7).tolist()
+        except (FeatureError, ServingError) as error:
+            if slot == CHAMPION:
+                raise
+            answered = self._answer(
+                arms, CHAMPION, rows
+            )  # raises where the question itself is at fault
+            self.record_error(
+                "/predict", FAILED_ARM, f"{model.manifest.name} in slot {slot}: {error}"
+            )
+            self.metrics.failed_arm(slot, model.digest, len(rows))
+            return answered
 
     def feedback(self, items: Sequence[FeedbackItem]) -> FeedbackCounts:
         """Write what is news to the log and say what became of each item."""

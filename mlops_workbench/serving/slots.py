@@ -8,17 +8,19 @@ from __future__ import annotations
 import threading
 import time
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..core.assignment import choose_arm
 from ..core.clock import iso, now
 from ..core.errors import WorkbenchError
 from ..core.pointer import Pointer, SlotEntry, read_pointer
 from .models import LoadedModel, load_model
 
 # %% auto #0
-__all__ = ['FileState', 'file_state', 'SlotProblem', 'retry_seconds', 'SlotStatus', 'ModelSlots', 'shorten_text']
+__all__ = ['FileState', 'CHAMPION', 'file_state', 'SlotProblem', 'retry_seconds', 'ArmStatus', 'Arms', 'SlotStatus', 'ModelSlots',
+           'shorten_text']
 
 # %% ../../nbs/serving/01_slots.ipynb #e5653525
 FileState = tuple[int, int, int, int]
@@ -48,19 +50,63 @@ def retry_seconds(attempts: int) -> float:
     """The pause before a failed load is tried again: 5 s, doubled each time, at most a minute."""
     return float(min(5 * 2 ** (attempts - 1), 60))
 
+# %% ../../nbs/serving/01_slots.ipynb #131c91a8
+CHAMPION = "champion"
+
+
+@dataclass(frozen=True)
+class ArmStatus:
+    """A slot that answers, and its share of the traffic."""
+
+    slot: str
+    name: str
+    digest: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Which loaded release answers which part of the traffic; a request reads it once."""
+
+    models: Mapping[str, LoadedModel]  # by slot, the champion first
+    shares: Mapping[str, float]  # of the slots that are loaded; they sum to 1
+    salt: str = ""
+
+    @property
+    def champion(self) -> LoadedModel:
+        """The release that answers unless the split says otherwise."""
+        return self.models[CHAMPION]
+
+    def divide(self, entities: Sequence[str]) -> dict[str, list[int]]:
+        """The places of the rows by the slot that answers them: the same entity always by the same one."""
+        if self.shares[CHAMPION] >= 1:
+            return {CHAMPION: list(range(len(entities)))}
+        places: dict[str, list[int]] = {}
+        for place, entity in enumerate(entities):
+            places.setdefault(choose_arm(entity, self.salt, self.shares), []).append(place)
+        return places
+
+    def status(self) -> tuple[ArmStatus, ...]:
+        """The slots as the status tells them."""
+        return tuple(
+            ArmStatus(slot, model.manifest.name, model.digest, self.shares.get(slot, 0.0))
+            for slot, model in self.models.items()
+        )
+
 # %% ../../nbs/serving/01_slots.ipynb #75a71ed5
 @dataclass(frozen=True)
 class SlotStatus:
     """What serves, what is being loaded, and what went wrong."""
 
-    epoch: int  # of the pointer that is fulfilled; 0 before the first
-    digest: str
+    epoch: int  # of the pointer whose champion serves; 0 before the first
+    digest: str  # of the champion
     name: str
-    since: str  # ISO time of the last swap
+    since: str  # ISO time of the champion's last swap
     loading: str  # name of the release being loaded; "" when none
     problem: SlotProblem | None
     swaps: int
     failures: int
+    arms: tuple[ArmStatus, ...] = ()  # every slot that answers, the champion first
 
     def as_json(self) -> dict[str, object]:
         """The status as JSON values."""
@@ -68,9 +114,12 @@ class SlotStatus:
 
 # %% ../../nbs/serving/01_slots.ipynb #f76cbcac
 class ModelSlots:
-    """Keeps the champion that the pointer file names; every method may be called from any thread."""
+    """Keeps the releases that the pointer file names; every method may be called from any thread.
 
-    champion: LoadedModel | None = None  # read once a request: a swap is one assignment
+    A slot whose release is not loaded yet, or cannot be loaded, gets no traffic: its share goes to the champion.
+    """
+
+    arms: Arms | None = None  # read once a request: a swap is one assignment
 
     def __init__(
         self,
@@ -91,9 +140,14 @@ class ModelSlots:
         self._generation = (
             0  # rises with each wish: a late load sees that it is not wanted any more
         )
-        self._wanted: tuple[Pointer, SlotEntry] | None = None
+        self._wanted: Pointer | None = None
         self._retry_at = float("inf")  # monotonic seconds
         self._status = SlotStatus(0, "", "", "", "", None, 0, 0)
+
+    @property
+    def champion(self) -> LoadedModel | None:
+        """The champion; None before there is one."""
+        return None if self.arms is None else self.arms.champion
 
     def start(self) -> None:
         """Begin to follow the pointer file in the background."""
@@ -114,7 +168,7 @@ class ModelSlots:
             self._seen = state
             self._read_pointer()
         elif time.monotonic() >= self._retry_at and self._wanted is not None:
-            self._fulfil(*self._wanted)
+            self._fulfil(self._wanted)
 
     def _follow(self) -> None:
         while not self._stopped.wait(self.poll_seconds):
@@ -125,50 +179,61 @@ class ModelSlots:
 
     def _read_pointer(self) -> None:
         pointer = read_pointer(self.pointer_path)
-        entry = None if pointer is None else pointer.slots.get("champion")
-        if pointer is None or entry is None:
+        if pointer is None:
             raise WorkbenchError(f"expected a champion in {self.pointer_path}, found none")
-        self._fulfil(pointer, entry)
+        self._fulfil(pointer)
 
-    def _fulfil(self, pointer: Pointer, entry: SlotEntry) -> None:
+    def _fulfil(self, pointer: Pointer) -> None:
         with self._lock:
             self._generation += 1
             self._retry_at = float("inf")
-            self._wanted = (pointer, entry)
-            kept = self._kept.get(entry.digest)
-            if kept is not None:
-                self._swap(self._generation, pointer, kept)
+            self._wanted = pointer
+            missing = {e.digest: e for e in pointer.slots.values() if e.digest not in self._kept}
+            self._change(loading=next((entry.name for entry in missing.values()), ""))
+            self._arrange(self._generation, pointer)
+            if not missing:
                 return
-            self._change(loading=entry.name)
-            arguments = (self._generation, pointer, entry)
+            arguments = (self._generation, pointer, list(missing.values()))
         threading.Thread(target=self._load_beside, args=arguments, name="load", daemon=True).start()
 
-    def _load_beside(self, generation: int, pointer: Pointer, entry: SlotEntry) -> None:
-        try:
-            model = self._load(Path(entry.path), entry.digest)
-        except Exception as error:  # noqa: BLE001 - whatever breaks a load, the serving release goes on
-            self._fail(generation, entry.digest, entry.name, error)
-        else:
-            self._swap(generation, pointer, model)
+    def _load_beside(self, generation: int, pointer: Pointer, missing: list[SlotEntry]) -> None:
+        """Load releases one after another, the champion first; each works as soon as it is there."""
+        for place, entry in enumerate(missing):
+            try:
+                model = self._load(Path(entry.path), entry.digest)
+            except Exception as error:  # noqa: BLE001 - whatever breaks a load, the serving release goes on
+                self._fail(generation, entry.digest, entry.name, error)
+                continue
+            with self._lock:
+                if generation == self._generation:
+                    self._kept[model.digest] = model
+                    self._change(loading=next((e.name for e in missing[place + 1 :]), ""))
+                    self._arrange(generation, pointer)
 
-    def _swap(self, generation: int, pointer: Pointer, model: LoadedModel) -> None:
+    def _arrange(self, generation: int, pointer: Pointer) -> None:
+        """Put the releases that are loaded to work, if the champion is among them."""
         with self._lock:
-            if generation != self._generation:
+            wanted = {slot: entry.digest for slot, entry in pointer.slots.items()}
+            if generation != self._generation or wanted[CHAMPION] not in self._kept:
                 return
-            swapped = self._status.digest != model.digest
-            self.champion = model
-            self._kept.pop(model.digest, None)
-            self._kept[model.digest] = model
-            for digest in list(self._kept)[: -self.keep]:
+            models = {slot: self._kept[d] for slot, d in wanted.items() if d in self._kept}
+            shares = {slot: pointer.split.get(slot, 0.0) for slot in models}
+            shares[CHAMPION] += max(0.0, 1 - sum(shares.values()))
+            champion = models[CHAMPION]
+            swapped = self._status.digest != champion.digest
+            self.arms = Arms(models, shares, pointer.salt)
+            for model in (*models.values(), champion):  # the last used at the end
+                self._kept[model.digest] = self._kept.pop(model.digest)
+            for digest in list(self._kept)[: -max(self.keep, len(set(wanted.values())))]:
                 del self._kept[digest]
             self._change(
                 epoch=pointer.epoch,
-                digest=model.digest,
-                name=model.manifest.name,
+                digest=champion.digest,
+                name=champion.manifest.name,
                 since=iso(now()) if swapped else self._status.since,
-                loading="",
-                problem=None,
+                problem=None if len(models) == len(wanted) else self._status.problem,
                 swaps=self._status.swaps + swapped,
+                arms=self.arms.status(),
             )
 
     def _fail(self, generation: int, digest: str, name: str, error: Exception) -> None:
