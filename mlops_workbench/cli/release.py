@@ -16,6 +16,7 @@ from mlops_workbench.cli.options import (
     print_table,
     workspace_option,
 )
+from .rollout import ROLLOUT_COMMANDS
 from ..core.ledger import Ledger
 from ..core.workspace import Workspace
 
@@ -25,10 +26,14 @@ __all__ = ['release', 'list_releases', 'show_release', 'clear']
 # %% ../../nbs/cli/20_release.ipynb #b7fe3d0f
 @click.group()
 def release() -> None:
-    """Releases: list them, look at one, clear a barred one.
+    """Releases: list them, look at one, clear a barred one; let a new one take over step by step.
 
-    Example: mwb release show flights-r2
+    Example: mwb release start flights-r2 --steps 5,25,50
     """
+
+
+for _command in ROLLOUT_COMMANDS:
+    release.add_command(_command)
 
 # %% ../../nbs/cli/20_release.ipynb #d4665dec
 @release.command("list")

@@ -30,6 +30,7 @@ from mlops_workbench.core.ledger_schema import (
     decisions,
     outbox,
     releases,
+    rollouts,
     slots,
 )
 
@@ -248,6 +249,7 @@ class _State:
     releases: dict[str, dict[str, Any]] = field(default_factory=dict)
     slots: dict[str, dict[str, Any]] = field(default_factory=dict)
     outbox: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rollouts: dict[str, dict[str, Any]] = field(default_factory=dict)
     last_change: dict[tuple[str, str], int] = field(default_factory=dict)
 
 # %% ../../nbs/core/10_audit.ipynb #960a4796
@@ -267,6 +269,7 @@ _STATE_COLUMNS = {
     "releases": (releases, releases.c.digest),
     "slots": (slots, slots.c.name),
     "outbox": (outbox, outbox.c.key),
+    "rollouts": (rollouts, rollouts.c.name),
 }
 
 # %% ../../nbs/core/10_audit.ipynb #7e4e49ac

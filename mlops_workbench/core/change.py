@@ -19,7 +19,13 @@ from . import outbox as outbox_table
 from .clock import iso, now
 from .errors import ConflictError, LedgerError, shorten
 from .leases import Lease
-from .ledger_schema import RELEASE_STATUSES, plain_text, releases, slots
+from mlops_workbench.core.ledger_schema import (
+    RELEASE_STATUSES,
+    plain_text,
+    releases,
+    rollouts,
+    slots,
+)
 
 # %% ../../nbs/core/13_change.ipynb #fa48157d
 class Change:
@@ -130,6 +136,39 @@ class Change:
             f"expected slot {slot!r} at epoch {expected_epoch}, found {state}; another decision "
             "came first, look at it and decide again"
         )
+
+    def open_rollout(self, values: Mapping[str, Any]) -> None:
+        """Put a new rollout on record; ConflictError while another one goes on."""
+        row = {**values, "is_open": 1, "version": 1}
+        try:
+            with self._connection.begin_nested():
+                self._connection.execute(rollouts.insert().values(**row))
+        except sqlalchemy.exc.IntegrityError as error:
+            raise ConflictError(
+                "expected no rollout under way, found one; see `mwb release status`, then promote or abort it"
+            ) from error
+        self._note("rollouts", row["name"], row)
+
+    def move_rollout(self, name: str, expected_version: int, **values: Any) -> int:
+        """Change a rollout that goes on, if nobody did meanwhile; the new version. ConflictError else."""
+        row = {**values, "version": expected_version + 1}
+        if "ended_at" in row:
+            row["is_open"] = None
+        moved = self._connection.execute(
+            rollouts.update()
+            .where(
+                rollouts.c.name == name,
+                rollouts.c.version == expected_version,
+                rollouts.c.is_open == 1,
+            )
+            .values(**row)
+        )
+        if moved.rowcount != 1:
+            raise ConflictError(
+                f"expected {name} to go on as it was seen, found that another decision came first; see `mwb release status`"
+            )
+        self._note("rollouts", name, row)
+        return expected_version + 1
 
     def enqueue(
         self,

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SETTINGS_FILE', 'Layer', 'FIXED_SECTIONS', 'NAMED_SECTIONS', 'FLAGS_VARIABLE', 'OTHER_VARIABLES', 'SettingsSection',
            'WorkspaceSettings', 'DataSettings', 'ExperimentSettings', 'PipelineSettings', 'ReleaseSettings',
-           'ServingSettings', 'MonitoringSettings', 'UpdateSettings', 'PagesSettings', 'NotifySettings', 'GateSettings',
-           'AlertRule', 'Settings', 'find_workspace', 'Origin', 'section_keys', 'read_settings_file',
-           'read_environment', 'read_overrides', 'check_names', 'merge_layers', 'load_settings', 'setting_origins']
+           'RolloutSettings', 'ServingSettings', 'MonitoringSettings', 'UpdateSettings', 'PagesSettings',
+           'NotifySettings', 'GateSettings', 'AlertRule', 'Settings', 'find_workspace', 'Origin', 'section_keys',
+           'read_settings_file', 'read_environment', 'read_overrides', 'check_names', 'merge_layers', 'load_settings',
+           'setting_origins']
 
 # %% ../../nbs/core/03_settings.ipynb #2e099a16
 import configparser
@@ -20,7 +21,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import NotAWorkspaceError, SettingsError, shorten
 
@@ -80,6 +81,36 @@ class ReleaseSettings(SettingsSection):
     parity_tolerance: float = Field(default=1e-4, gt=0)
     latency_requests: int = Field(default=300, ge=20)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
+
+# %% ../../nbs/core/03_settings.ipynb #fc90e967
+class RolloutSettings(SettingsSection):
+    """How a new release takes over: its share of the traffic step by step, and what it is judged by."""
+
+    interval_seconds: float = Field(default=10.0, gt=0)
+    steps: str = Field(default="", pattern=r"^\s*(\d+(\.\d+)?(\s*,\s*\d+(\.\d+)?)*)?\s*$")
+    minimum_minutes: float = Field(default=10.0, ge=0)
+    maximum_hours: float = Field(default=24.0, gt=0)
+    minimum_rows: int = Field(default=500, ge=20)
+    metric: Literal["accuracy", "brier", "log_loss"] = "accuracy"
+    margin: float = Field(default=0.02, gt=0)
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)
+    label_delay_minutes: float = Field(default=0.0, ge=0)
+    latency_p99_ms: float = Field(default=100.0, gt=0)
+    failed_share: float = Field(default=0.001, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> "RolloutSettings":
+        shares = self.shares
+        if any(not 0 < share < 1 for share in shares) or list(shares) != sorted(set(shares)):
+            raise ValueError(
+                f"expected rising percentages between 0 and 100 in steps, such as 1, 5, 25, 50, found {self.steps!r}"
+            )
+        return self
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The steps as shares of the traffic, from 0 to 1; none: a new release takes over at once."""
+        return tuple(float(part) / 100 for part in self.steps.split(",") if part.strip())
 
 # %% ../../nbs/core/03_settings.ipynb #ec38b153
 class ServingSettings(SettingsSection):
@@ -163,6 +194,7 @@ class Settings(SettingsSection):
     experiment: ExperimentSettings = ExperimentSettings()
     pipeline: PipelineSettings = PipelineSettings()
     release: ReleaseSettings = ReleaseSettings()
+    rollout: RolloutSettings = RolloutSettings()
     serving: ServingSettings = ServingSettings()
     monitoring: MonitoringSettings = MonitoringSettings()
     update: UpdateSettings = UpdateSettings()
@@ -205,6 +237,7 @@ FIXED_SECTIONS: tuple[str, ...] = (
     "experiment",
     "pipeline",
     "release",
+    "rollout",
     "serving",
     "monitoring",
     "update",

@@ -54,6 +54,19 @@ parity_tolerance = 1e-4               ; largest difference between the torch and
 latency_requests = 300                ; requests that the latency gate measures
 confidence = 0.95                     ; of the intervals that the gates print
 
+[rollout]
+steps =                               ; percent of the traffic, such as 1, 5, 25, 50; empty: a new release takes over at once
+interval_seconds = 10                 ; how often the controller looks at a rollout
+minimum_minutes = 10                  ; a step takes at least so long
+maximum_hours = 24                    ; without a decision until then, the former release stays
+minimum_rows = 500                    ; labelled rows of each side before a good word
+metric = accuracy                     ; what decides, row by row: accuracy, brier or log_loss
+margin = 0.02                         ; the smallest difference that matters
+alpha = 0.05                          ; chance of a false word over the whole rollout, however often it is looked at
+label_delay_minutes = 0               ; younger answers are left out, so that late labels do not bias the words
+latency_p99_ms = 100                  ; a slower new release goes back
+failed_share = 0.001                  ; a new release that fails on more rows than that goes back
+
 [serving]
 host = 127.0.0.1                      ; any other address needs a token
 port = 8600                           ; 0: any free port

@@ -19,10 +19,11 @@ from .manifest import Manifest
 from .outcome import Outcome, decided_by, write_output
 from .stage import Stage
 from ..release.deployment import CHAMPION, deploy
+from ..release.rollouts import start_rollout
 from ..serving.address import find_server, server_headers
 
 # %% auto #0
-__all__ = ['wait_for_release', 'follow_in_registry', 'evaluated_digest', 'deploy_release']
+__all__ = ['wait_for_release', 'follow_in_registry', 'evaluated_digest', 'begin_rollout', 'deploy_release']
 
 # %% ../../nbs/pipeline/34_deploy.ipynb #0b3ed0e1
 def wait_for_release(workspace: Workspace, digest: str, seconds: float) -> float | None:
@@ -65,12 +66,45 @@ def evaluated_digest(stage: Stage, evaluated: Manifest | None) -> str:
         )
     return str(evaluated.read("release.json")["digest"])
 
-# %% ../../nbs/pipeline/34_deploy.ipynb #07afdf74
+# %% ../../nbs/pipeline/34_deploy.ipynb #8a5f05ae
+def begin_rollout(stage: Stage, wanted: str) -> Outcome | None:
+    """Start a rollout where the settings ask for one and another release serves; None otherwise."""
+    ledger = Ledger(stage.workspace.ledger_url)
+    release, slot = ledger.release(wanted), ledger.slot(CHAMPION)
+    steps = stage.workspace.settings.rollout.shares
+    if not steps or slot is None or slot.digest == release.digest:
+        return None
+    by = decided_by(stage)
+    rollout = start_rollout(
+        stage.workspace, wanted, actor=by["actor"], record_path=by.get("record_path")
+    )
+    stage.data_version = release.data_version
+    champion = ledger.release(slot.digest).name
+    record = {
+        "release": release.name,
+        "digest": release.digest,
+        "rollout": rollout.name,
+        "champion": champion,
+    }
+    return Outcome(
+        verdict="rollout",
+        summary=f"{release.name} ({release.data_version}) gets {rollout.share:.0%} of the traffic beside {champion}: {rollout.name}; "
+        "see `mwb release status`",
+        metrics={"share": rollout.share},
+        outputs={"deployment.json": write_output(stage, "deployment.json", record)},
+    )
+
+
 def deploy_release(
     stage: Stage, evaluated: Manifest | None, *, release: str, force: bool, wait_seconds: float
 ) -> Outcome:
-    """Deploy the named release, or the one that this cycle evaluated, and wait for its first answer."""
+    """Deploy the named release, or the one that this cycle evaluated, and wait for its first answer.
+
+    Where the settings name the steps of a rollout, it gets its first share of the traffic instead.
+    """
     wanted = release or evaluated_digest(stage, evaluated)
+    if not force and (begun := begin_rollout(stage, wanted)) is not None:
+        return begun
     start = time.monotonic()
     change = deploy(
         stage.workspace,

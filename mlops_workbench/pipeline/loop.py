@@ -14,12 +14,15 @@ from ..core.clock import timestamp
 from ..core.errors import ConflictError, WorkbenchError
 from ..core.workspace import Workspace
 from ..data.versions import DataStore
+from ..experiment.owner import this_process
 from ..monitoring.prediction_store import read_window
+from .deploy import follow_in_registry
 from .runner import CycleResult, run_stages
 from ..release.deployment import default_data
+from ..release.rollout_judge import tend_rollout
 
 # %% auto #0
-__all__ = ['Waiting', 'waiting_rows', 'one_turn', 'run_loop']
+__all__ = ['MOVES', 'Waiting', 'waiting_rows', 'one_turn', 'tend', 'tend_always', 'run_loop']
 
 # %% ../../nbs/pipeline/44_loop.ipynb #f0886aa3
 @dataclass(frozen=True)
@@ -64,11 +67,45 @@ def one_turn(workspace: Workspace, dataset: str, say: Callable[[str], None]) -> 
         say(f"{result.cycle} {stage.stage}: {stage.summary or stage.status}")
     return result
 
-# %% ../../nbs/pipeline/44_loop.ipynb #cfe49210
+# %% ../../nbs/pipeline/44_loop.ipynb #1671ecf4
+def tend(workspace: Workspace, say: Callable[[str], None]) -> str:
+    """One look at the rollout that goes on, and its move; the kind of the move, "" without a rollout."""
+    actor = f"controller {this_process().text()}"
+    looked = tend_rollout(workspace, actor=actor)
+    if looked is None:
+        return ""
+    rollout, found, move = looked
+    if move.kind != "wait":
+        say(f"{rollout.name}: {found.new.name} {MOVES[move.kind]}: {move.reason}")
+    if move.kind == "promote":
+        follow_in_registry(workspace, rollout.candidate)
+    return move.kind
+
+
+MOVES = {
+    "advance": "gets more traffic",
+    "promote": "serves all traffic now",
+    "abort": "gets no traffic any more",
+}
+
+
+def tend_always(workspace: Workspace, stop: threading.Event, say: Callable[[str], None]) -> None:
+    """Look at the rollout every `rollout.interval_seconds` until `stop` is set."""
+    while not stop.wait(workspace.settings.rollout.interval_seconds):
+        try:
+            tend(workspace, say)
+        except WorkbenchError as err:
+            say(f"this look at the rollout failed, the next one follows: {err}")
+
+
 def run_loop(
     workspace: Workspace, dataset: str, stop: threading.Event, say: Callable[[str], None]
 ) -> None:
-    """Turn every `monitoring.interval_seconds` until `stop` is set."""
+    """Turn every `monitoring.interval_seconds` until `stop` is set, and tend the rollout beside it."""
+    tending = threading.Thread(
+        target=tend_always, args=(workspace, stop, say), name="rollout", daemon=True
+    )
+    tending.start()
     while not stop.is_set():
         try:
             one_turn(workspace, dataset, say)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.clock import iso, now
 from ..core.bundle import read_manifest, verify_bundle
 from ..core.errors import BundleError, ConflictError, GateRefusedError, IntegrityError
 from ..core.ledger import Ledger
@@ -18,11 +19,12 @@ from ..core.pointer import Pointer, SlotEntry, write_pointer
 from ..core.workspace import Workspace
 
 # %% auto #0
-__all__ = ['CHAMPION', 'data_slot', 'Change', 'record_release', 'write_projection', 'next_release_name', 'deploy',
+__all__ = ['CHAMPION', 'CHALLENGER', 'data_slot', 'Change', 'record_release', 'write_projection', 'next_release_name', 'deploy',
            'former_champions', 'rollback_target', 'rollback', 'clear_release', 'set_default_data', 'default_data']
 
 # %% ../../nbs/release/03_deployment.ipynb #27ebf87f
 CHAMPION = "champion"
+CHALLENGER = "challenger"  # the slot of a release that a rollout gives a share of the traffic
 
 # %% ../../nbs/release/03_deployment.ipynb #ee686247
 def data_slot(ref: str) -> str:
@@ -85,16 +87,26 @@ def record_release(
                 key=f"refused-{manifest.digest}",
             )
 
-# %% ../../nbs/release/03_deployment.ipynb #27a4d527
+# %% ../../nbs/release/03_deployment.ipynb #ae7173e3
+def _entry(ledger: Ledger, digest: str) -> SlotEntry:
+    """A release as the pointer file names it."""
+    release = ledger.release(digest)
+    return SlotEntry(digest=release.digest, path=str(release.path), name=release.name)
+
+
 def write_projection(workspace: Workspace, ledger: Ledger | None = None) -> Pointer | None:
-    """Write the pointer file from the ledger's champion slot; None while there is no champion."""
+    """Write the pointer file from the ledger's champion slot and the open rollout; None while there is no champion."""
     ledger = ledger or Ledger(workspace.ledger_url)
     slot = ledger.slot(CHAMPION)
     if slot is None:
         return None
-    release = ledger.release(slot.digest)
-    entry = SlotEntry(digest=release.digest, path=str(release.path), name=release.name)
-    pointer = Pointer(epoch=slot.epoch, slots={CHAMPION: entry}, split={CHAMPION: 1.0})
+    slots, split, salt = {CHAMPION: _entry(ledger, slot.digest)}, {CHAMPION: 1.0}, ""
+    rollout = ledger.open_rollout()
+    if rollout is not None and rollout.champion == slot.digest:
+        slots[CHALLENGER] = _entry(ledger, rollout.candidate)
+        split = {CHAMPION: 1 - rollout.share, CHALLENGER: rollout.share}
+        salt = f"{rollout.name} {rollout.started_at}"
+    pointer = Pointer(epoch=slot.epoch, slots=slots, split=split, salt=salt)
     write_pointer(workspace.pointer_path, pointer)
     return pointer
 
@@ -137,6 +149,11 @@ def deploy(
         write_projection(workspace, ledger)
         previous = ledger.release(slot.previous_digest).name if slot.previous_digest else ""
         return Change(release.name, release.digest, previous, manifest.data_version, slot.epoch, 0)
+    if (rollout := ledger.open_rollout()) is not None:
+        raise ConflictError(
+            f"expected no rollout under way, found {rollout.name} of {ledger.release(rollout.candidate).name}; "
+            "nothing was deployed; end it first: mwb release promote, or mwb release abort"
+        )
     before = ledger.release(slot.digest).name if slot else ""
     reason = "all gates passed" if allowed else f"forced by {actor} although it is {release.status}"
     with ledger.decision(
@@ -227,6 +244,7 @@ def rollback(
     target = ledger.release(rollback_target(ledger, slot.digest, to))
     current = ledger.release(slot.digest)
     data = ledger.slot(data_slot(target.data_version))
+    rollout = ledger.open_rollout()
     evidence = {
         "digest": target.digest,
         "from": current.name,
@@ -244,6 +262,11 @@ def rollback(
         record_path=record_path,
     ) as change:
         epoch = change.set_slot(CHAMPION, target.digest, slot.epoch)
+        if rollout is not None:
+            change.move_rollout(
+                rollout.name, rollout.version, status="aborted", ended_at=iso(now()),
+                reason=f"the champion was rolled back: {reason}",
+            )  # fmt: skip
         change.set_slot(
             data_slot(target.data_version), target.data_version, data.epoch if data else 0
         )
