@@ -160,7 +160,7 @@ def _store(
     stage.data_version = ref
     forced = intake.verdict == "forced"
     how = "forced although the checks refuse it" if forced else "accepted"
-    if intake.version.unchanged and intake.quarantine is None:
+    if not report.rows:  # nothing that was not there
         said = f"{ref}: {intake.version.rows} rows; none of the {len(batch)} that were looked at is new or changed"
         figures = {"rows": float(intake.version.rows), "new_rows": 0.0, "held_rows": 0.0}
         set_default_data(stage.workspace, ref, reason="the same rows again", **by)
