@@ -82,6 +82,7 @@ def test_every_key_is_reached_by_each_layer(root: Path, key: str) -> None:
     section, name = key.split(".")
     value = getattr(getattr(Settings(), section), name)
     text = "x" if value == "" else str(value)
+    text = "5, 50" if key == "rollout.steps" else text
     variable = f"MWB_{section}_{name}".upper()
     from_flag = setting_origins(root, environ={}, overrides={key: text})
     from_variable = setting_origins(root, environ={variable: text})
@@ -119,6 +120,8 @@ def test_a_misspelt_key_is_never_taken(key: str, data: st.DataObject) -> None:
         ("[alert.x]\nmetric = brier\noperator = over\nthreshold = 1\n", "'above' or 'below'"),
         ("[alert.x]\nmetric = brier\noperator = above\n", "add the line `threshold"),
         ("[serving]\nport = -1\n", "settings.ini:2"),
+        ("[rollout]\nsteps = 50, 5\n", "rising percentages"),
+        ("[rollout]\nsteps = a few\n", "rollout.steps"),
         ("[serving]\nport = 1.5\n", "serving.port"),
         ("[serving]\nport\n", "settings.ini"),
         ("[serving]\nport = 1\nport = 2\n", "already exists"),
