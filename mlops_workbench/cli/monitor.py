@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from mlops_workbench.cli.options import (
     json_option,
     print_json,
     print_record,
+    read_moment,
     workspace_option,
 )
 from ..core.clock import iso, timestamp
@@ -30,23 +30,7 @@ if TYPE_CHECKING:
     from mlops_workbench.monitoring.monitor import MonitorSnapshot, OnAction
 
 # %% auto #0
-__all__ = ['read_moment', 'chosen_window', 'carry_out', 'show_snapshot', 'monitor', 'once', 'watch_once', 'watch', 'report']
-
-# %% ../../nbs/cli/16_monitor.ipynb #b1d4f653
-def read_moment(text: str) -> float:
-    """Seconds since 1970 from seconds or ISO text (UTC when it names no zone); UsageError otherwise."""
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise UsageError(
-            f"expected a moment as 2013-04-01T08:00 or in seconds since 1970, found {text!r}"
-        ) from error
-    zoned = moment if moment.tzinfo else datetime.fromisoformat(f"{moment.isoformat()}+00:00")
-    return zoned.timestamp()
+__all__ = ['chosen_window', 'carry_out', 'show_snapshot', 'monitor', 'once', 'watch_once', 'watch', 'report']
 
 # %% ../../nbs/cli/16_monitor.ipynb #1eae9005
 def chosen_window(
