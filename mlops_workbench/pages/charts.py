@@ -25,6 +25,8 @@ class Chart:
     form: str = "{:.3g}"  # how a value is written
     limit: float | None = None  # the threshold of an alert rule
     from_zero: bool = True  # the axis begins at zero
+    lows: Sequence[float | None] = ()  # the band around the line; none: no band
+    highs: Sequence[float | None] = ()
 
 # %% ../../nbs/pages/06_charts.ipynb #fc89e858
 def segments(values: Sequence[float | None]) -> list[list[int]]:
@@ -44,6 +46,7 @@ def value_range(chart: Chart) -> tuple[float, float]:
     """Return the lowest and highest value of the axis, with a little air above."""
     known = [value for value in chart.values if value is not None]
     known += [chart.limit] if chart.limit is not None else []
+    known += [value for value in (*chart.lows, *chart.highs) if value is not None]
     low, high = min([*known, 0.0] if chart.from_zero else known), max(known)
     air = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
     return (low if chart.from_zero else low - air, high + air)
@@ -73,6 +76,11 @@ def drawing(chart: Chart) -> str:
         parts.append(
             f'<line class="limit" x1="0" y1="{y(chart.limit)}" x2="100" y2="{y(chart.limit)}"/>'
         )
+    for stretch in segments(chart.lows):
+        edge = [(x(place), y(chart.highs[place] or 0.0)) for place in stretch]
+        edge += [(x(place), y(chart.lows[place] or 0.0)) for place in reversed(stretch)]
+        path = "L".join(f"{across},{down}" for across, down in edge)
+        parts.append(f'<path class="area" d="M{path}Z"/>')
     for stretch in segments(chart.values):
         points = [(x(place), y(chart.values[place] or 0.0)) for place in stretch]
         path = "L".join(f"{across},{down}" for across, down in points)

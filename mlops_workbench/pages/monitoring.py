@@ -27,6 +27,7 @@ from mlops_workbench.pages.look import (
     tile_html,
 )
 from .read_models import read_table
+from .rollout_panel import rollout_html
 
 # %% auto #0
 __all__ = ['Snapshot', 'CHARTS', 'measured_release', 'overall_state', 'ages', 'age_words', 'head_html', 'limits', 'charts_html',
@@ -339,7 +340,17 @@ class MonitoringPage(LivePage):
         self.snapshot: dict[str, Any] | None = None
         self.looks: list[dict[str, Any]] = []
         self.serving = ""  # the release in the ledger's slot
-        names = ("head", "tiles", "charts", "alerts", "releases", "quality", "moved", "decisions")
+        names = (
+            "head",
+            "tiles",
+            "charts",
+            "alerts",
+            "rollout",
+            "releases",
+            "quality",
+            "moved",
+            "decisions",
+        )
         self.parts = {name: ipywidgets.HTML() for name in names}
         self.charts_head = ipywidgets.HTML(block("<h2>Over time</h2>"))
         self.span = ipywidgets.Dropdown(
@@ -363,6 +374,10 @@ class MonitoringPage(LivePage):
         )
         shown = "" if self.snapshot else "none"
         self.charts_head.layout.display = self.span.layout.display = shown
+        rollout = rollout_html(
+            read_table(self.model, "rollouts"), read_table(self.model, "rollout_looks")
+        )
+        self.parts["rollout"].value = block(rollout) if rollout else ""
         self.parts["releases"].value = block(releases_html(slots, releases))
         self.parts["decisions"].value = block(decisions_html(read_table(self.model, "decisions")))
         if self.snapshot is not None:

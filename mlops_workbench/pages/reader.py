@@ -28,13 +28,14 @@ from ..experiment.runs import RunRow, list_runs, metric_history
 from ..experiment.store import sqlite_path
 from .data_tables import data_places, data_tables
 from .data_work import start_work, work_once, work_waits
+from ..release.rollout_judge import looks_file
 from .read_models import ReaderState, write_model, write_state
 from .requests import open_requests
 
 # %% auto #0
-__all__ = ['ModelTables', 'SHOWN_RUNS', 'CURVE_RUNS', 'RUN_COLUMNS', 'SHOWN_LOOKS', 'SHOWN_DECISIONS', 'COLLECTORS', 'run_record',
-           'experiments_tables', 'look_record', 'monitoring_tables', 'database_files', 'files_stamp', 'watched_files',
-           'refresh', 'refresh_once', 'wait_and_serve', 'main']
+__all__ = ['ModelTables', 'SHOWN_RUNS', 'CURVE_RUNS', 'RUN_COLUMNS', 'SHOWN_LOOKS', 'SHOWN_DECISIONS', 'SHOWN_ROLLOUTS',
+           'COLLECTORS', 'run_record', 'experiments_tables', 'look_record', 'rollout_looks', 'monitoring_tables',
+           'database_files', 'files_stamp', 'watched_files', 'refresh', 'refresh_once', 'wait_and_serve', 'main']
 
 # %% ../../nbs/pages/01_reader.ipynb #fec899c8
 ModelTables = dict[str, tuple[Sequence[str], list[Sequence[Any]]]]
@@ -102,22 +103,70 @@ def look_record(path: Path) -> tuple[float, str, str]:
     look = read_json(path)
     return (look["at_seconds"], look["summary"], json.dumps(look["figures"]))
 
-# %% ../../nbs/pages/01_reader.ipynb #f7607035
+# %% ../../nbs/pages/01_reader.ipynb #8b4db468
+SHOWN_ROLLOUTS = 10
+
+
+def rollout_looks(workspace: Workspace, name: str) -> list[Sequence[Any]]:
+    """Return the last looks at a rollout as JSON, oldest first; a line that is being written is left out."""
+    try:
+        lines = looks_file(workspace, name).read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+    return [(line,) for line in lines[-SHOWN_LOOKS:]]
+
+
 def monitoring_tables(workspace: Workspace) -> ModelTables:
-    """Return the tables `latest`, `looks`, `slots`, `releases` and `decisions`."""
+    """Return the tables `latest`, `looks`, `rollouts`, `rollout_looks`, `slots`, `releases` and `decisions`."""
     folder = workspace.monitoring
     latest = folder / "latest.json"
     ledger = Ledger(workspace.ledger_url)
     try:
-        slots, releases = ledger.slots(), ledger.releases()
+        slots, releases, rollouts = (
+            ledger.slots(),
+            ledger.releases(),
+            ledger.rollouts()[:SHOWN_ROLLOUTS],
+        )
         decisions = ledger.decisions(limit=SHOWN_DECISIONS)
     finally:
         ledger.close()
+    names = {release.digest: release.name for release in releases}
     return {
         "latest": (("snapshot",), [(json.dumps(read_json(latest)),)] if latest.exists() else []),
         "looks": (
             ("at_seconds", "summary", "figures"),
             [look_record(path) for path in sorted(folder.glob("2*.json"))[-SHOWN_LOOKS:]],
+        ),
+        "rollouts": (
+            (
+                "name",
+                "candidate",
+                "champion",
+                "status",
+                "step",
+                "steps",
+                "started",
+                "ended",
+                "reason",
+            ),
+            [
+                (
+                    r.name,
+                    names.get(r.candidate, ""),
+                    names.get(r.champion, ""),
+                    r.status,
+                    r.step,
+                    json.dumps(r.steps),
+                    r.started_at,
+                    r.ended_at or "",
+                    r.reason,
+                )
+                for r in rollouts
+            ],
+        ),
+        "rollout_looks": (
+            ("content",),
+            rollout_looks(workspace, rollouts[0].name) if rollouts else [],
         ),
         "slots": (
             ("name", "digest", "previous", "updated"),
@@ -160,7 +209,9 @@ def watched_files(workspace: Workspace) -> dict[str, list[Path] | None]:
     looks = [workspace.monitoring, workspace.monitoring / "latest.json"]
     return {
         "experiments": tracker,
-        "monitoring": None if ledger is None else [*ledger, *looks],
+        "monitoring": None
+        if ledger is None
+        else [*ledger, *looks, *(workspace.state / "rollouts").glob("*.jsonl")],
         "data": None if ledger is None else [*ledger, *data_places(workspace)],
     }
 

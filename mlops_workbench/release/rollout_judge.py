@@ -21,7 +21,9 @@ from ..core.bundle import read_manifest
 from ..core.clock import timestamp
 from ..core.errors import ConflictError
 from ..core.features import FeatureSchema
+from ..core.files import canonical_json
 from ..core.ledger import Ledger, RolloutRow
+from ..core.ledger_schema import json_ready
 from ..core.settings import RolloutSettings
 from ..core.workspace import Workspace
 from ..monitoring.champion import read_part
@@ -34,7 +36,7 @@ from .verdict import Metric, Verdict, judge
 
 # %% auto #0
 __all__ = ['LATENCY_ROWS', 'FAILED_ROWS', 'LEASE', 'LEASE_SECONDS', 'Side', 'Evidence', 'row_values', 'read_evidence', 'Move',
-           'next_move', 'tend_rollout']
+           'next_move', 'looks_file', 'keep_look', 'tend_rollout']
 
 # %% ../../nbs/release/18_rollout_judge.ipynb #b48c9f73
 @dataclass(frozen=True)
@@ -217,7 +219,32 @@ def next_move(rollout: RolloutRow, found: Evidence, settings: RolloutSettings) -
         )
     return Move("wait", f"not yet: {found.verdict.reason}")
 
-# %% ../../nbs/release/18_rollout_judge.ipynb #5da0410d
+# %% ../../nbs/release/18_rollout_judge.ipynb #b38c6ef5
+def looks_file(workspace: Workspace, rollout: str) -> Path:
+    """The file of the looks at a rollout, one JSON object a line."""
+    return workspace.state / "rollouts" / f"{rollout}.jsonl"
+
+
+def keep_look(workspace: Workspace, rollout: RolloutRow, found: Evidence, move: Move) -> None:
+    """Append what was seen and what follows, for the pages."""
+    path = looks_file(workspace, rollout.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    interval = found.verdict.interval
+    look = {
+        "at_seconds": timestamp(),
+        "step": rollout.step,
+        "share": rollout.share,
+        "value": interval.value,
+        "low": interval.low,
+        "high": interval.high,
+        **found.as_dict(),
+        "move": move.kind,
+        "reason": move.reason,
+    }
+    with path.open("ab") as stream:
+        stream.write(canonical_json(json_ready(look)) + b"\n")
+
+
 LEASE, LEASE_SECONDS = "rollout", 60.0
 
 
@@ -236,6 +263,7 @@ def tend_rollout(
     try:
         found = read_evidence(workspace, rollout, moment)
         move = next_move(rollout, found, workspace.settings.rollout)
+        keep_look(workspace, rollout, found, move)
         by: dict[str, Any] = {
             "actor": actor,
             "reason": move.reason,
