@@ -24,6 +24,7 @@ class Chart:
     values: Sequence[float | None]  # None: no point
     form: str = "{:.3g}"  # how a value is written
     limit: float | None = None  # the threshold of an alert rule
+    limit_name: str = "limit"
     from_zero: bool = True  # the axis begins at zero
     lows: Sequence[float | None] = ()  # the band around the line; none: no band
     highs: Sequence[float | None] = ()
@@ -116,7 +117,7 @@ def chart_html(chart: Chart) -> str:
         return f'<div class="mwb-chart"><header>{head}<b>no data</b></header></div>'
     newest, span = chart.form.format(known[-1]), chart.times[-1] - chart.times[0]
     low, high = (chart.form.format(value) for value in (min(known), max(known)))
-    limit = "" if chart.limit is None else f", limit {chart.form.format(chart.limit)}"
+    limit = "" if chart.limit is None else f", {chart.limit_name} {chart.form.format(chart.limit)}"
     words = f"{chart.title}: newest {newest}, lowest {low}, highest {high}{limit}"
     return (
         f'<div class="mwb-chart" role="img" aria-label="{escape(words)}"><header>{head}<b>{escape(newest)}</b></header>'

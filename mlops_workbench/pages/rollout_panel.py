@@ -44,9 +44,9 @@ def sequence_chart(looks: Sequence[Row]) -> str:
         return ""
     chart = Chart(
         "New minus old, with its confidence sequence", [look["at_seconds"] for look in mine], only(values), "{:+.4f}",
-        limit=0.0, from_zero=False, lows=only(lows), highs=only(highs),
+        limit=0.0, limit_name="no difference at", from_zero=False, lows=only(lows), highs=only(highs),
     )  # fmt: skip
-    return f'<div class="mwb-charts">{chart_html(chart)}</div>'
+    return f'<div class="mwb-charts">{chart_html(chart)}</div><br>'
 
 
 def sides_html(look: Row) -> str:
@@ -82,7 +82,7 @@ def rollout_html(rollouts: Sequence[Row], looks: Sequence[Row]) -> str:
         f"<span>{escape(newest['candidate'])} against {escape(newest['champion'])}</span><span>{escape(where)}</span></div>"
         f"<p>{escape(said)}</p>"
     )
-    if last and goes_on:
+    if last and goes_on and not last["reason"].startswith("not yet"):
         head += f"<p>Next: {escape(last['reason'])}</p>"
     body = sequence_chart(shown) + sides_html(last) if last else ""
     if goes_on and not last:

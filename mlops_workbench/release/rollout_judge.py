@@ -112,7 +112,6 @@ def _schema(ledger: Ledger, digest: str) -> FeatureSchema:
 
 def _side(
     rows: pd.DataFrame,
-    requests: pd.DataFrame,
     name: str,
     schema: FeatureSchema,
     settings: RolloutSettings,
@@ -123,7 +122,8 @@ def _side(
     entities = rows[column].fillna(rows["id"]).astype(str) if column in rows else rows["id"]
     ripe = rows["label"].isin(list(schema.classes)) & (rows["time"] < until)
     values = row_values(rows[ripe], schema.classes, settings.metric)
-    latency = float(np.quantile(requests["latency_ms"], 0.99)) if len(requests) else math.nan
+    waited = rows.groupby("request")["latency_ms"].max()
+    latency = float(np.quantile(waited, 0.99)) if len(waited) else math.nan
     arm = measure_arm(values, entities[ripe].to_numpy())
     return Side(name, len(rows), int(entities.nunique()), arm, latency)
 
@@ -141,9 +141,8 @@ def read_evidence(
     sides = []
     for digest in (rollout.champion, rollout.candidate):
         mine = window.predictions[window.predictions["release"] == digest]
-        asked = window.requests[window.requests["release"] == digest]
         name = ledger.release(digest).name
-        sides.append(_side(mine, asked, name, _schema(ledger, digest), settings, until))
+        sides.append(_side(mine, name, _schema(ledger, digest), settings, until))
     old, new = sides
     failed = window.errors["reason"].str.startswith(f"{new.name} in slot {CHALLENGER}")
     ratio = None
