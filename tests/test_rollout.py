@@ -305,3 +305,18 @@ def test_moves_under_load_fail_no_request(tmp_path: Path) -> None:
         for client in clients:
             client.join()
     assert set(found) == {200} and found[200] > 100
+
+
+def test_the_deploy_stage_starts_a_rollout_where_the_settings_ask_for_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace, old, new = release_pair(tmp_path / "w", steps="5, 50")
+    here = ["-w", str(workspace.root)]
+    assert main(["run", "deploy", "-p", f"deploy.release={new}", *here]) == 0
+    assert f"{new} (flights@v1.0) gets 5% of the traffic beside {old}" in capsys.readouterr().out
+    assert split(workspace) == {"champion": 0.95, "challenger": 0.05}
+    started = Ledger(workspace.ledger_url).decisions(kind="rollout")[0]
+    assert started.record_path is not None and Path(started.record_path).is_file()
+    assert main(["audit", "asof", "2999-01-01", "--json", *here]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["release"]["name"] == old and told["rollout"]["share"] == 0.05
