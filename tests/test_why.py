@@ -67,7 +67,7 @@ def test_a_planted_error_is_found_and_the_remedy_takes_it_out(tmp_path: Path) ->
     assert newest is not None and newest.parent == planted.refs[-1]
     bad = mwb(workspace, "run", "train", "evaluate", "-p", f"data_version={planted.refs[-1]}")
     assert bad.returncode == 4, bad.stdout + bad.stderr
-    assert "mwb run train evaluate -p data_version=digits`" in record["remedy"]["reason"]
+    assert "mwb run train evaluate deploy -p data_version=digits`" in record["remedy"]["reason"]
     cured = mwb(workspace, "run", "train", "evaluate", "-p", "data_version=digits")
     assert cured.returncode == 0, cured.stdout + cured.stderr
     made = {release.data_version for release in Ledger(workspace.ledger_url).releases()}

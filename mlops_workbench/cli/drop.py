@@ -67,5 +67,5 @@ def drop(
         print_json(record)
     else:
         click.echo(
-            f"{version.ref}  stored  {version.rows:,} rows; to learn from it: mwb run train evaluate -p data_version={version.ref}"
+            f"{version.ref}  stored  {version.rows:,} rows; to learn from it: mwb run train evaluate deploy -p data_version={version.ref}"
         )

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FACTORS', 'OFFSETS', 'BLOCKS', 'SURE', 'GRID', 'MOJIBAKE', 'ORDERED', 'BROKEN', 'RELATED', 'check_unit',
-           'check_constant', 'text_form', 'check_text', 'check_relations', 'check_consistency']
+           'check_constant', 'text_form', 'key_form', 'check_text', 'check_relations', 'check_pictures',
+           'check_consistency']
 
 # %% ../../nbs/data/35_consistency.ipynb #3437fdfe
 import re
@@ -114,7 +115,12 @@ def text_form(text: str) -> str:
     found = re.sub(r"[^\W\d_]", lambda each: "A" if each[0].isupper() else "a", text)
     return re.sub(r"\d", "9", found)
 
-# %% ../../nbs/data/35_consistency.ipynb #29bde87f
+# %% ../../nbs/data/35_consistency.ipynb #5f6e59c0
+def key_form(text: str) -> str:
+    """The form of a key, however long its numbers are: c999 is followed by c1000."""
+    return re.sub("9+", "9", text_form(text))
+
+
 def check_text(frame: pd.DataFrame, previous: pd.DataFrame, column: str, key: str) -> list[Problem]:
     """Findings about rows with a broken encoding, variants of known values, and unknown forms."""
     new = frame[column].astype(object)
@@ -131,8 +137,9 @@ def check_text(frame: pd.DataFrame, previous: pd.DataFrame, column: str, key: st
         variant &= same.isin(folded)
     else:
         variant &= texts != texts.str.strip()
-    forms = {text_form(each) for each in old}
-    strange = unknown & ~broken & ~variant & ~texts.map(text_form).isin(forms)
+    form = key_form if column == key else text_form
+    forms = {form(each) for each in old}
+    strange = unknown & ~broken & ~variant & ~texts.map(form).isin(forms)
     if len(forms) > 0.02 * len(old) or len(old) < FEW:
         strange &= False  # too many forms to know them all
     if column == key and "/" in str(previous[key].iloc[0]):
@@ -223,7 +230,52 @@ def _check_correlations(
         lost[place], lost[:, place] = False, False
     return problems
 
-# %% ../../nbs/data/35_consistency.ipynb #a14c03d7
+# %% ../../nbs/data/35_consistency.ipynb #d0a94891
+def check_pictures(
+    frame: pd.DataFrame, previous: pd.DataFrame, column: str, key: str, label: str
+) -> list[Problem]:
+    """Findings about pictures that are there already under another key: with another label, or with the same one."""
+
+    def contents(side: pd.DataFrame) -> list[bytes]:
+        return [
+            cell.tobytes()
+            if isinstance(cell, np.ndarray) and cell.dtype == np.uint8 and np.ptp(cell)
+            else b""
+            for cell in side[column]
+        ]
+
+    new = contents(frame)
+    if not any(new) or label not in previous or label not in frame:
+        return []
+    known = dict(
+        zip(contents(previous), zip(previous[key], previous[label], strict=True), strict=True)
+    )
+    there = [known.get(content, (None, None)) if content else (None, None) for content in new]
+    again = np.array(
+        [old is not None and old != now for (old, _), now in zip(there, frame[key], strict=True)]
+    )
+    other = again & np.array(
+        [was != now for (_, was), now in zip(there, frame[label], strict=True)]
+    )
+    problems = []
+    rule = "each picture once"
+    if other.any():
+        first = int(np.flatnonzero(other)[0])
+        text = (
+            f"{rows_in_words(int(other.sum()))} with a picture that is there under another key and label, first "
+            f"{shorten(frame[key].iloc[first], 40)} as {shorten(there[first][0], 40)}; to relabel, deliver the whole set without --append"
+        )
+        problems.append(row_problem(frame, other, key=key, column=column, rule=rule, text=text))
+    if (same := again & ~other).any():
+        text = f"{rows_in_words(int(same.sum()))} with a picture that is there under another key"
+        problems.append(
+            row_problem(
+                frame, same, key=key, column=column, rule=rule, text=text, severity="remark"
+            )
+        )
+    return problems
+
+
 def check_consistency(
     frame: pd.DataFrame,
     previous: pd.DataFrame,
@@ -240,6 +292,7 @@ def check_consistency(
     for name in previous.columns:
         if name not in frame or name in skip or not previous[name].notna().any():
             continue
+        problems += check_pictures(frame, previous, name, key, label)
         kind = column_kind(previous[name])
         if kind != column_kind(frame[name]) or name == label:
             continue

@@ -46,11 +46,16 @@ class _Pair:
 MISSING, RARE = "(missing)", "(rare)"
 MAXIMUM_NAMES = 200  # categories with a code of their own; the rarest share one
 
-# %% ../../nbs/data/32_distribution.ipynb #49219afd
+# %% ../../nbs/data/32_distribution.ipynb #c12a25c3
+def _name(cell: object) -> str:
+    """A value as text; 1.0, which a gap in the column makes of 1, is 1."""
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+
+
 def _category_pair(column: str, before: pd.Series, after: pd.Series) -> _Pair | None:
     """Both sides as codes, the most frequent value first; None for text that names single rows."""
     sides = [
-        [MISSING if cell is None or cell != cell else str(cell) for cell in cells.astype(object)]
+        [MISSING if cell is None or cell != cell else _name(cell) for cell in cells.astype(object)]
         for cells in (before, after)
     ]
     counts = pd.Series(sides[0] + sides[1]).value_counts()

@@ -360,7 +360,20 @@ def _sample(rows: int, most: int, seed: int) -> NDArray[np.int64]:
         return np.arange(rows)
     return np.sort(np.random.default_rng(seed).permutation(rows)[:most])
 
-# %% ../../nbs/data/07_labels.ipynb #6443cd58
+# %% ../../nbs/data/07_labels.ipynb #fc0e97b0
+def _blocks(labels: Labels, count: int, seed: int) -> list[NDArray[np.int64]]:
+    """The rows in blocks as they were stored, one after another: neighbours in time stay together.
+
+    A table that is stored class by class (the keys begin with the class) is mixed first: blocks without some class tell nothing.
+    """
+    rows = np.arange(len(labels))
+    blocks = np.array_split(rows, count)
+    frequent = np.flatnonzero(np.bincount(labels) >= 8 * count)  # by chance in each block
+    if all(np.isin(frequent, labels[block]).all() for block in blocks):
+        return blocks
+    return np.array_split(np.random.default_rng(seed).permutation(rows), count)
+
+
 def check_labels(
     frame: pd.DataFrame,  # the batch
     reference: pd.DataFrame,  # the accepted rows, in their stored order
@@ -383,7 +396,7 @@ def check_labels(
     new, old = new[new >= 0], old[old >= 0]
     chosen = _sample(len(old), MAXIMUM_WIDE_ROWS if batch.shape[1] > WIDE else MAXIMUM_ROWS, seed)
     known, old = known[chosen], old[chosen]
-    folds = np.array_split(np.arange(len(old)), int(np.clip(len(old) // max(len(new), 300), 4, 8)))
+    folds = _blocks(old, int(np.clip(len(old) // max(len(new), 300), 4, 8)), seed)
     logits = judge_out_of_fold(known, old, categories, len(names), folds, seed)
     factor = temperature(logits, old)
     shifts = np.array([estimate_shift(factor * logits[fold], old[fold]) for fold in folds])

@@ -96,7 +96,10 @@ def _batches(
     known = {f"{tag.name}@{tag.version}": tag.pointer for tag in read_tags(store.root)}
     pointers = {ref: known[ref] for ref in dict.fromkeys(chosen or known)}
     if not pointers:
-        raise DataError("expected a data version to move, found none yet; see `mwb data list`")
+        raise DataError(
+            "expected a data version to move, found none yet; the versions' names and records travel with git: clone the "
+            "workspace, or `git fetch --tags` from it, then `mwb data pull` fetches the content"
+        )
     if target.base is not None:
         target.base.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(pointers), BATCH):

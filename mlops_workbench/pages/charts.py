@@ -24,10 +24,10 @@ class Chart:
     values: Sequence[float | None]  # None: no point
     form: str = "{:.3g}"  # how a value is written
     limit: float | None = None  # the threshold of an alert rule
-    limit_name: str = "limit"
     from_zero: bool = True  # the axis begins at zero
     lows: Sequence[float | None] = ()  # the band around the line; none: no band
     highs: Sequence[float | None] = ()
+    limit_name: str = "limit"
 
 # %% ../../nbs/pages/06_charts.ipynb #fc89e858
 def segments(values: Sequence[float | None]) -> list[list[int]]:

@@ -110,11 +110,11 @@ class DataPage(LivePage):
 
     def tick(self) -> None:
         """Say what is shown; take what arrived since the last look."""
-        count = len(self.versions)
+        count = len(self.mine())
         if not self.versions:
             words = "No data version yet. <code>mwb data snapshot</code> or <code>mwb run prepare</code> makes the first one."
         else:
-            words = f"{count} version{'s' if count > 1 else ''} in {escape(self.state.workspace)}, newest first."
+            words = f"{count} version{'' if count == 1 else 's'} of {escape(str(self.name.value))}, newest first."
         self.head.value = block(f"<h1>Data</h1><p>{words}</p>")
         if self.body.children:
             self.draw_pair()

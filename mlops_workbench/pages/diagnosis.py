@@ -11,7 +11,7 @@ from typing import Any
 from .look import Markup, escape, table_html
 
 # %% auto #0
-__all__ = ['Record', 'COLOURS', 'SHAPES', 'verdict_html', 'effect_words', 'data_html', 'picture_html', 'rows_html',
+__all__ = ['Record', 'COLOURS', 'SHAPES', 'verdict_html', 'effect_words', 'data_html', 'picture_html', 'rows_html', 'code_html',
            'diagnosis_html']
 
 # %% ../../nbs/pages/16_diagnosis.ipynb #5801b6e8
@@ -99,7 +99,15 @@ def rows_html(data: Record, shown: int = 10) -> str:
     title = f"<h3>Rows, most suspicious first ({len(cells)} of {total:,})</h3>"
     return title + table_html(columns, cells, "", "guilty rows")
 
-# %% ../../nbs/pages/16_diagnosis.ipynb #fcd0ec56
+# %% ../../nbs/pages/16_diagnosis.ipynb #11de502f
+def code_html(text: str) -> str:
+    """Return a sentence with what stands between backticks as code."""
+    parts = [escape(part) for part in text.split("`")]
+    return "".join(
+        f"<code>{part}</code>" if place % 2 else part for place, part in enumerate(parts)
+    )
+
+
 def diagnosis_html(record: Record | None, at: str = "", notebook: str = "") -> str:
     """Return the diagnosis; a sentence where there is none."""
     if record is None:
@@ -122,7 +130,7 @@ def diagnosis_html(record: Record | None, at: str = "", notebook: str = "") -> s
     todo = ""
     if remedy.get("command"):
         todo = (
-            f"<h3>What to do</h3><p>{escape(remedy.get('reason', ''))}</p>"
+            f"<h3>What to do</h3><p>{code_html(remedy.get('reason', ''))}</p>"
             f'<pre class="mwb-command" tabindex="0">{escape(remedy["command"])}</pre>'
         )
     suspects = [

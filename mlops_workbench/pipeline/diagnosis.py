@@ -211,7 +211,7 @@ def choose_remedy(
             return Remedy(
                 _drop_command(culprit, culprit.parent, keys_file, why),
                 "a new version without the guilty rows; then "
-                f"`mwb run train evaluate -p data_version={culprit.line[-1].partition('@')[0]}`, the new default",
+                f"`mwb run train evaluate deploy -p data_version={culprit.line[-1].partition('@')[0]}`, the new default",
             )
         return Remedy(
             shlex.join(["mwb", "data", "rollback", culprit.parent]),

@@ -161,7 +161,7 @@ def _store(
     forced = intake.verdict == "forced"
     how = "forced although the checks refuse it" if forced else "accepted"
     if not report.rows:  # nothing that was not there
-        said = f"{ref}: {intake.version.rows} rows; none of the {len(batch)} that were looked at is new or changed"
+        said = f"{ref}: {intake.version.rows} rows stay as they are; the {len(batch)} rows of the source are among them"
         figures = {"rows": float(intake.version.rows), "new_rows": 0.0, "held_rows": 0.0}
         set_default_data(stage.workspace, ref, reason="the same rows again", **by)
         return Outcome("accepted", said, figures, evidence)

@@ -108,11 +108,9 @@ def read_fashion(folder: Path = FASHION_FOLDER) -> pd.DataFrame:
 PICTURE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
-def grey_picture(
-    content: bytes, path: str, shape: tuple[int, ...], brightest: float
-) -> NDArray[np.uint8]:
-    """A picture file as grey values 0 to `brightest` [height, width]; DataError when it is no whole picture."""
-    from PIL import Image
+def grey_picture(content: bytes, shape: tuple[int, ...], brightest: float) -> NDArray[np.uint8]:
+    """A picture file as grey values 0 to `brightest` [height, width]; DataError says what is there instead of a whole picture."""
+    from PIL import Image, UnidentifiedImageError
 
     height, width = shape
     try:
@@ -121,9 +119,9 @@ def grey_picture(
             with Image.open(io.BytesIO(content)) as picture:
                 grey = picture.convert("L").resize((width, height), Image.Resampling.BILINEAR)
     except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"expected a whole picture in {path}, found: {error}; replace the file or take it out"
-        ) from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        found = "an empty file" if not content else "no picture" if unknown else str(error)
+        raise DataError(found) from error
     scaled: NDArray[np.uint8] = np.rint(
         np.asarray(grey, dtype=np.float32) * (brightest / 255)
     ).astype(np.uint8)
@@ -243,10 +241,17 @@ class PictureRecipe:
                 + (f" (did you mean {near[0]!r}?)" if near else "")
                 + f"; rename the folder, or add the class in the recipe {self.name!r}"
             )
-        pictures = [
-            grey_picture(content, path, feature.shape, feature.scale[1])
-            for content, path in zip(files["image"], files["path"], strict=True)
-        ]
+        pictures, broken = [], []
+        for content, path in zip(files["image"], files["path"], strict=True):
+            try:
+                pictures.append(grey_picture(content, feature.shape, feature.scale[1]))
+            except DataError as error:
+                broken.append(f"{path} ({error})")
+        if broken:
+            raise DataError(
+                f"expected a whole picture in every file, found {len(broken)} without: {', '.join(broken[:5])}; "
+                "replace these files or take them out, then import again"
+            )
         return picture_frame(
             np.stack(pictures), names.map(classes).to_numpy(), files["path"].tolist()
         )
