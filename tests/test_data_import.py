@@ -216,7 +216,7 @@ def test_pictures_of_ones_own_are_learned_from(
     assert "unchanged" in capsys.readouterr().out
     assert main(["data", "import", "mine", str(scans(odd, "1000:1300", 1)), *more]) == 4
     said = capsys.readouterr().err
-    assert "labels are wrong" in said and "--force" in said
+    assert "labels look wrong" in said and "--force" in said
     (odd / "class-3").rename(odd / "clas-3")
     assert main(["data", "import", "mine", str(odd), *more]) == 1
     assert "did you mean 'class-3'" in capsys.readouterr().err
