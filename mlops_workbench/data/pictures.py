@@ -49,31 +49,34 @@ def scan_folder(folder: Path | str) -> FolderScan:
     if not folder.is_dir():
         raise UsageError(f"expected a folder of pictures, found {str(folder)!r}; name a folder")
     lines: list[tuple[str, str]] = []
-    newest, waiting = 0, [("", str(folder))]
+    newest, waiting = 0, [""]
     while waiting:
-        prefix, place = waiting.pop()
-        with os.scandir(place) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name == CHECKOUT:
-                    continue
-                if entry.is_symlink():
-                    raise DataError(
-                        f"expected files, found the link {entry.path}; copy the file itself"
-                    )
-                path = prefix + entry.name
-                if entry.is_dir():
-                    waiting.append((path + "/", entry.path))
-                    continue
-                state = entry.stat(follow_symlinks=False)
-                newest = max(newest, state.st_mtime_ns, state.st_ctime_ns)
-                lines.append(
-                    (
-                        path,
-                        f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}",
-                    )
-                )
+        prefix = waiting.pop()
+        place = os.open(
+            folder / prefix, os.O_RDONLY | os.O_DIRECTORY
+        )  # from here no path is walked
+        try:
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name.startswith(".") or name == CHECKOUT:
+                        continue
+                    path = prefix + name
+                    if entry.is_symlink():
+                        raise DataError(
+                            f"expected files, found the link {folder / path}; copy the file itself"
+                        )
+                    if entry.is_dir():
+                        waiting.append(path + "/")
+                        continue
+                    state = entry.stat(follow_symlinks=False)
+                    modified, changed = state.st_mtime_ns, state.st_ctime_ns
+                    newest = max(newest, modified, changed)
+                    lines.append((path, f"{state.st_size} {modified} {changed} {state.st_ino}"))
+        finally:
+            os.close(place)
     lines.sort()
-    text = "\0".join(f"{path}\0{state}" for path, state in lines)
+    text = "\0".join([f"{path}\0{state}" for path, state in lines])
     paths = tuple(path for path, _ in lines if path != LABELS_FILE)
     fingerprint = sha256_bytes(text.encode("utf-8", "surrogateescape"))
     return FolderScan(folder, paths, fingerprint, newest < started - SETTLED_NANOSECONDS)
@@ -150,7 +153,18 @@ def _labels(scan: FolderScan, labels: Path | str | None) -> pd.DataFrame:
             )
     return table.set_index(PATH).loc[list(scan.paths)].reset_index()
 
-# %% ../../nbs/data/17_pictures.ipynb #063e74dc
+# %% ../../nbs/data/17_pictures.ipynb #9f4ac244
+def _write_new(path: str, data: bytes) -> None:
+    """Write a file that is not there yet; for 20,000 small ones in a third less time than through a file object."""
+    file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    try:
+        rest = memoryview(data)
+        while len(rest):
+            rest = rest[os.write(file, rest) :]
+    finally:
+        os.close(file)
+
+
 def write_pictures(
     table: pd.DataFrame,
     folder: Path,  # empty
@@ -169,8 +183,7 @@ def write_pictures(
             made.add(parent)
         if path.rpartition("/")[2] in ("", ".", ".."):
             raise UsageError(f"expected the path of a file, found {shorten(path)}; rename it")
-        with open(f"{folder}/{path}", "xb", buffering=0) as stream:  # noqa: PTH123 -- 20,000 times
-            stream.write(data if data is not None else b"")
+        _write_new(f"{folder}/{path}", data if data is not None else b"")
     table.drop(columns=content).rename(columns={key: PATH}).to_csv(
         folder / LABELS_FILE, index=False
     )
