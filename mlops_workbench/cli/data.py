@@ -202,12 +202,18 @@ def show_version(ref: str, workspace: Path | None, as_json: bool) -> None:
 
     Example: mwb data show flights@v1.1
     """
+    from mlops_workbench.recipes.protocol import class_name, known_classes
+
     store = open_store(workspace)
     version = store.resolve(ref)
     record = {**store.show(version.ref), **_links(store, [version])[0]}
     if not as_json:
         record["manifest"] = record["manifest"]["sha256"]
         record["validation"] = record["validation"].get("verdict", "not validated")
+        classes = known_classes(store.workspace, version.name)
+        record["labels"] = {
+            class_name(label, classes): count for label, count in record["labels"].items()
+        }
     print_record(record, as_json)
 
 # %% ../../nbs/cli/09_data.ipynb #42acf659
@@ -222,6 +228,8 @@ def show_diff(before: str, after: str, rows: int, workspace: Path | None, as_jso
 
     Example: mwb data diff flights@v1.0 flights@v1.1 --rows 20
     """
+    from mlops_workbench.recipes.protocol import class_name, known_classes
+
     store = open_store(workspace)
     sides = store.resolve(before), store.resolve(after)
     with waiting("comparing"):
@@ -233,14 +241,25 @@ def show_diff(before: str, after: str, rows: int, workspace: Path | None, as_jso
     click.echo(f"{difference.before} -> {difference.after}: {counts}")
     for column, count in difference.by_column.items():
         click.echo(f"  {column}: {count:,} rows changed")
+    classes = known_classes(store.workspace, sides[1].name)
     for (old, new), count in difference.flows.items():
-        click.echo(f"  label {old!r} -> {new!r}: {count:,} rows")
+        click.echo(
+            f"  label {class_name(old, classes)} -> {class_name(new, classes)}: {count:,} rows"
+        )
     for kind, names in (("new", difference.columns_added), ("gone", difference.columns_removed)):
         for name in names:
             click.echo(f"  column {name!r}: {kind}")
     for name, was, became in difference.retyped:
         click.echo(f"  column {name!r}: type {was} -> {became}")
-    for kind, table in _diff_rows(difference, rows).items():
+    named = {sides[1].label, "from", "to"}
+    for kind, found in _diff_rows(difference, rows).items():
+        table = [
+            {
+                name: class_name(cell, classes) if name in named else cell
+                for name, cell in row.items()
+            }
+            for row in found
+        ]
         if table:
             click.echo(f"\n{kind}, the first {len(table)}:")
             print_table(table, False)

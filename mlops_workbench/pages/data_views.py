@@ -19,11 +19,11 @@ from ..data.stored import StoredVersion
 from ..data.thumbnails import brightness, picture_column, thumbnail
 from ..data.versions import DataStore
 from .read_models import Tables
-from ..recipes.protocol import load_recipe
+from ..recipes.protocol import class_name, known_classes
 
 # %% auto #0
-__all__ = ['SHOWN_PICTURES', 'SHOWN_ROWS', 'SAMPLED', 'cell_text', 'sample', 'class_names', 'class_name', 'picture_rows',
-           'column_rows', 'some_rows', 'diff_tables', 'problem_tables']
+__all__ = ['SHOWN_PICTURES', 'SHOWN_ROWS', 'SAMPLED', 'cell_text', 'sample', 'picture_rows', 'column_rows', 'some_rows',
+           'diff_tables', 'problem_tables']
 
 # %% ../../nbs/pages/10_data_views.ipynb #a28d1685
 SHOWN_PICTURES, SHOWN_ROWS = 24, 10
@@ -45,22 +45,7 @@ def sample(frame: pd.DataFrame, pictures: str) -> str:
     rows = [[cell_text(cell) for cell in row] for row in shown.itertuples(index=False, name=None)]
     return json.dumps({"columns": [str(name) for name in shown.columns], "rows": rows})
 
-# %% ../../nbs/pages/10_data_views.ipynb #8ab49da2
-def class_names(store: DataStore, name: str) -> tuple[str, ...]:
-    """Return the names of the labels of the recipe's data set; none for another one, or a recipe that cannot be read."""
-    try:
-        recipe = load_recipe(store.workspace.settings.workspace.recipe, store.root)
-    except Exception:  # noqa: BLE001 -- a recipe is a person's own code; the page shows the numbers then
-        return ()
-    return recipe.features.classes if recipe.dataset == name else ()
-
-
-def class_name(label: object, classes: Sequence[str]) -> str:
-    """Return a label as a person calls it."""
-    number = int(str(label)) if str(label).isdigit() else len(classes)
-    return classes[number] if number < len(classes) else f"{label}"
-
-
+# %% ../../nbs/pages/10_data_views.ipynb #7d56bfc2
 def picture_rows(
     difference: DataDiff,
     before: pd.DataFrame,  # some rows of each version
@@ -151,7 +136,8 @@ def diff_tables(store: DataStore, before: DataVersion, after: DataVersion) -> Ta
     sides = store.stored(before), store.stored(after)
     frames = some_rows(sides[0]), some_rows(sides[1])
     key, label = after.key, after.label
-    pictures = picture_rows(difference, *frames, sides[1], class_names(store, after.name))
+    classes = known_classes(store.workspace, after.name)
+    pictures = picture_rows(difference, *frames, sides[1], classes)
     column = picture_column(frames[1])
     samples = [
         (kind, len(frame), sample(frame, column))
@@ -164,6 +150,10 @@ def diff_tables(store: DataStore, before: DataVersion, after: DataVersion) -> Ta
         if len(frame)
     ]
     summary = {**difference.summary(), "label": label, "key": key, "problem": ""}
+    summary["labels"] = [
+        {**flow, **{end: class_name(flow[end], classes) for end in ("from", "to")}}
+        for flow in summary["labels"]
+    ]
     summary["sampled"] = SAMPLED if max(map(len, sides)) > SAMPLED else 0
     return {
         "summary": (("content",), [(json.dumps(summary, default=str),)]),

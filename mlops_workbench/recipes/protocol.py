@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Scalar', 'Arrays', 'SHIPPED', 'Recipe', 'label_numbers', 'encode', 'select_rows', 'split_by_time', 'split_by_hash',
-           'load_recipe', 'tidy', 'feature_columns_as', 'number_rows', 'delivered_rows']
+           'load_recipe', 'known_classes', 'class_name', 'tidy', 'feature_columns_as', 'number_rows', 'delivered_rows']
 
 # %% ../../nbs/recipes/00_protocol.ipynb #6df490a2
 import contextlib
@@ -26,6 +26,7 @@ from ..core.errors import DataError, SettingsError, UsageError, shorten
 from ..core.features import FeatureSchema
 
 if TYPE_CHECKING:
+    from mlops_workbench.core.workspace import Workspace
     import pandera.pandas as pandera
     import torch
 
@@ -234,6 +235,24 @@ def load_recipe(
         )
     bind = getattr(found, "with_root", None)
     return bind(root) if callable(bind) else found
+
+# %% ../../nbs/recipes/00_protocol.ipynb #b3f5d006
+def known_classes(workspace: "Workspace", dataset: str) -> tuple[str, ...]:
+    """The names of the classes of the workspace's own data set; none for another one, or where the recipe cannot be read."""
+    try:
+        recipe = load_recipe(workspace.settings.workspace.recipe, workspace.root)
+    except Exception:  # noqa: BLE001 -- a recipe is a person's own code; the numbers are shown then
+        return ()
+    return recipe.features.classes if recipe.dataset == dataset else ()
+
+
+def class_name(
+    label: object,
+    classes: Sequence[str],  # by number; none: labels are shown as they are
+) -> str:
+    """A label as a person calls it."""
+    number = int(str(label)) if str(label).isdigit() else len(classes)
+    return classes[number] if number < len(classes) else f"{label}"
 
 # %% ../../nbs/recipes/00_protocol.ipynb #61527896
 def _members() -> list[str]:
