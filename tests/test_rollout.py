@@ -320,3 +320,7 @@ def test_the_deploy_stage_starts_a_rollout_where_the_settings_ask_for_one(
     assert main(["audit", "asof", "2999-01-01", "--json", *here]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["release"]["name"] == old and told["rollout"]["share"] == 0.05
+    assert main(["status", "--json", *here]) == 0
+    assert json.loads(capsys.readouterr().out)["rollout"]["share"] == 0.05
+    assert main(["status", *here]) == 0
+    assert f"rollout-1, running: {new} has 5 % of the traffic" in capsys.readouterr().out

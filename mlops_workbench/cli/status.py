@@ -46,7 +46,13 @@ def age_of(moment: str) -> str:
 # %% ../../nbs/cli/06_status.ipynb #8bfb2695
 def ledger_state(workspace: Workspace, limit: int) -> dict[str, Any]:
     """Slots, the last decisions, leases in force and the outbox, from the ledger."""
-    empty: dict[str, Any] = {"slots": [], "decisions": [], "leases": [], "messages": {}}
+    empty: dict[str, Any] = {
+        "slots": [],
+        "rollout": None,
+        "decisions": [],
+        "leases": [],
+        "messages": {},
+    }
     if workspace.ledger_url.startswith("sqlite") and not _sqlite_file(workspace).exists():
         return empty
     from mlops_workbench.core.ledger import Ledger
@@ -80,12 +86,20 @@ def ledger_state(workspace: Workspace, limit: int) -> dict[str, Any]:
             }
             for d in ledger.decisions(limit=limit)
         ]
+        going = ledger.open_rollout()
+        rollout = going and {
+            "name": going.name,
+            "release": names[going.candidate].name,
+            "status": going.status,
+            "share": going.share,
+        }
         messages = [message.status for message in ledger.messages(limit=1000)]
         counts = {status: messages.count(status) for status in ("waiting", "failed", "sent")}
     finally:
         ledger.close()
     leases = _leases(workspace)
-    return {"slots": slots, "decisions": decisions, "leases": leases, "messages": counts}
+    found = {"slots": slots, "rollout": rollout, "decisions": decisions, "leases": leases}
+    return {**found, "messages": counts}
 
 # %% ../../nbs/cli/06_status.ipynb #b1069037
 def _sqlite_file(workspace: Workspace) -> Path:
@@ -270,7 +284,14 @@ def overview(workspace: Workspace, limit: int = 5) -> dict[str, Any]:
     try:
         ledger = ledger_state(workspace, limit)
     except WorkbenchError as error:
-        ledger = {"slots": [], "decisions": [], "leases": [], "messages": {}, "problem": str(error)}
+        ledger = {
+            "slots": [],
+            "rollout": None,
+            "decisions": [],
+            "leases": [],
+            "messages": {},
+            "problem": str(error),
+        }
     about = {
         "name": workspace.name,
         "root": str(workspace.root),
@@ -342,6 +363,10 @@ def status_text(status: dict[str, Any]) -> str:
         _section("last decisions", status["decisions"], "none yet"),
         _section("services", status["services"], "none"),
     ]
+    if (rollout := status["rollout"]) is not None:
+        share = f"{rollout['share'] * 100:g} % of the traffic"
+        words = f"{rollout['name']}, {rollout['status']}: {rollout['release']} has {share}; see mwb release status"
+        parts.insert(2, words)
     if status["leases"]:
         parts.append(_section("leases", status["leases"], "none"))
     waiting, failed = (status["messages"].get(key, 0) for key in ("waiting", "failed"))

@@ -12,6 +12,7 @@ from datetime import datetime
 
 from ..core.clock import timestamp
 from ..core.errors import ConflictError, WorkbenchError
+from ..core.ledger import Ledger
 from ..core.workspace import Workspace
 from ..data.versions import DataStore
 from ..experiment.owner import this_process
@@ -54,6 +55,9 @@ def one_turn(workspace: Workspace, dataset: str, say: Callable[[str], None]) -> 
         say(f"{stage.stage}: {stage.summary or stage.status}")
     decision = looked.stages[-1]
     if decision.stage != "update" or decision.verdict != "retrain" or waiting.rows == 0:
+        return None
+    if (rollout := Ledger(workspace.ledger_url).open_rollout()) is not None:
+        say(f"no new cycle while {rollout.name} goes on; see `mwb release status`")
         return None
     batch = {"log_since": waiting.since, "log_until": waiting.until, "message": decision.summary}
     result = run_stages(
