@@ -28,6 +28,7 @@ from mlops_workbench.data.quarantine import hold_rows, review_list, review_rows,
 from mlops_workbench.data.validation import ValidationReport, validate_batch
 from mlops_workbench.data.versions import DataStore
 from mlops_workbench.pipeline.prepare import read_file
+from mlops_workbench.recipes import pictures
 
 NUMBERS = [
     "hour", "distance", "temp", "dewp", "humid", "wind_speed", "precip", "pressure", "visib",
@@ -519,3 +520,64 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match="cut off"):
         read_file(tmp_path, "cut.parquet")
+
+
+def by_class(frame: pd.DataFrame) -> pd.DataFrame:
+    """The same digits with keys that begin with the class, stored class by class."""
+    names = np.array(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    )
+    keys = names[frame["label"].to_numpy()] + "/" + frame["picture_id"] + ".png"
+    return frame.assign(picture_id=keys).sort_values("picture_id", ignore_index=True)
+
+
+def judge_digits(batch: pd.DataFrame, previous: pd.DataFrame) -> ValidationReport:
+    """What the checks say of pictures, single bad ones apart."""
+    how = {"key": "picture_id", "label": "label", "separate": True, "schema": None}
+    return validate_batch(batch, previous=previous, settings=DataSettings(), **how)  # type: ignore[arg-type]
+
+
+def test_labels_of_a_table_stored_class_by_class_are_judged_as_well() -> None:
+    rows = pictures.digits.source("all").sample(frac=1, random_state=4, ignore_index=True)
+    accepted, batch = by_class(rows[:900]), by_class(rows[900:1200])
+    assert judge_digits(batch, accepted).verdict == "accept"
+    shifted = by_class(rows[900:1200]).assign(label=lambda frame: (frame["label"] + 1) % 10)
+    report = judge_digits(shifted, accepted)
+    assert report.verdict == "refuse" and "look wrong" in report.refused[0].text
+    few = batch.copy()
+    few.loc[[3, 150, 290], "label"] = (few.loc[[3, 150, 290], "label"] + 1) % 10
+    held = judge_digits(few, accepted)
+    assert held.verdict == "quarantine" and set(held.held) >= {3, 150, 290} and len(held.held) <= 5
+
+
+def test_a_picture_that_is_there_already_waits_when_its_label_is_another() -> None:
+    rows = pictures.digits.source("all").sample(frac=1, random_state=5, ignore_index=True)
+    accepted, batch = by_class(rows[:900]), by_class(rows[900:1100])
+    again = accepted[:6].assign(picture_id=[f"moved/{n}.png" for n in range(6)])
+    again.loc[:2, "label"] = (again.loc[:2, "label"] + 1) % 10
+    report = judge_digits(pd.concat([batch, again], ignore_index=True), accepted)
+    told = {problem.severity: problem for problem in report.problems if problem.column == "image"}
+    assert told["quarantine"].examples == ("moved/0.png", "moved/1.png", "moved/2.png")
+    assert "under another key and label" in told["quarantine"].text
+    assert told["remark"].rows == (203, 204, 205)
+
+
+def test_running_keys_may_grow_longer_and_rows_without_a_label_wait() -> None:
+    generator = np.random.default_rng(0)
+
+    def customers(first: int, count: int) -> pd.DataFrame:
+        size = generator.normal(size=count)
+        keys = [f"c{number}" for number in range(first, first + count)]
+        return pd.DataFrame({"id": keys, "size": size, "lost": (size > 0).astype(int)})
+
+    accepted, batch = customers(0, 1000), customers(1000, 200)
+    how = {"key": "id", "label": "lost", "separate": True, "schema": None}
+    assert (
+        validate_batch(batch, previous=accepted, settings=DataSettings(), **how).verdict == "accept"
+    )  # type: ignore[arg-type]
+    gaps = batch.astype({"lost": float})
+    gaps.loc[[5, 9], "lost"] = np.nan
+    report = validate_batch(gaps, previous=accepted, settings=DataSettings(), **how)  # type: ignore[arg-type]
+    assert report.verdict == "quarantine" and report.held == (5, 9)
+    assert "2 rows without a label" in [problem.text for problem in report.problems]
+    assert not [p for p in report.problems if p.column == "lost" and p.severity == "remark"]
