@@ -13,10 +13,10 @@ from data_support import new_store, table
 
 from mlops_workbench.cli.main import main
 from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.data.forced import forced_rows
 from mlops_workbench.data.quarantine import quarantined
 from mlops_workbench.data.versions import DataStore
 from mlops_workbench.pipeline.data_line import default_versions
-from mlops_workbench.pipeline.evaluate import forced_rows
 from mlops_workbench.pipeline.reuse import named_version
 
 NAMES = ["--key", "id", "--label", "late"]
@@ -202,15 +202,15 @@ def test_a_drop_that_leaves_only_good_rows_is_no_longer_forced(
 ) -> None:
     frame, wrong = with_wrong_labels(1000, 400, first=2000)
     assert snapshot(store, frame, "--append", "--force") == 0
-    assert forced_rows(store, "own@v1.1") == 1000
+    assert forced_rows(store, "own@v1.1").sum() == 1000
     keys = tmp_path / "keys.json"
     few = sorted(wrong)[:100]
     keys.write_text(json.dumps(few))
     words = ["-w", str(store.root), "--keys-from", str(keys)]
     assert main(["data", "drop", "own@v1.1", *words]) == 0
-    assert forced_rows(store, "own") == 900  # the rest is no better
+    assert forced_rows(store, "own").sum() == 900  # the rest is no better
     keys.write_text(json.dumps(sorted(wrong)))
     assert main(["data", "drop", "own@v1.1", *words]) == 0
     version = store.resolve("own")
     assert (version.rows, version.parent, version.forced) == (2600, "own@v1.0", False)
-    assert forced_rows(store, "own") == 0
+    assert forced_rows(store, "own").sum() == 0

@@ -202,11 +202,13 @@ def show_version(ref: str, workspace: Path | None, as_json: bool) -> None:
 
     Example: mwb data show flights@v1.1
     """
+    from mlops_workbench.data.forced import forced_rows
     from mlops_workbench.recipes.protocol import class_name, known_classes
 
     store = open_store(workspace)
     version = store.resolve(ref)
-    record = {**store.show(version.ref), **_links(store, [version])[0]}
+    against = {"rows_against_checks": int(forced_rows(store, version).sum())}
+    record = {**store.show(version.ref), **against, **_links(store, [version])[0]}
     if not as_json:
         record["manifest"] = record["manifest"]["sha256"]
         record["validation"] = record["validation"].get("verdict", "not validated")

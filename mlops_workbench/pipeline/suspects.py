@@ -26,7 +26,8 @@ from ..data.directions import number_direction
 from ..monitoring.drift import DriftReport, drift
 from ..monitoring.prediction_store import read_window
 from ..monitoring.service import ServiceFigures, window_service
-from .culprit import Culprit, choose_judges
+from .culprit import Culprit
+from .judges import choose_judges, judging_rows
 from .fall import Fall, Side
 from .traffic_shift import TrafficShift, take_apart
 from ..recipes.metrics import roc_area
@@ -408,7 +409,8 @@ def read_traffic(
     labelled = rows[rows[label] >= 0]
     shift = shares = None
     costs: dict[str, float] = {}
-    held_out = choose_judges(recipe, store.load(fall.good.data_version))
+    rows_that_judge, _ = judging_rows(store, fall.good.data_version, fall.bad.data_version)
+    held_out = choose_judges(recipe, rows_that_judge)
     held_out = held_out.assign(**{label: encode(recipe, held_out)[1]})
     if len(labelled) >= settings.minimum_labels:
         last = len(features.classes) - 1
