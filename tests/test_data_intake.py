@@ -214,3 +214,17 @@ def test_a_drop_that_leaves_only_good_rows_is_no_longer_forced(
     version = store.resolve("own")
     assert (version.rows, version.parent, version.forced) == (2600, "own@v1.0", False)
     assert forced_rows(store, "own").sum() == 0
+
+
+def test_a_part_does_not_silently_take_the_place_of_the_whole(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A delivery of new rows without --append would have left the old ones out."""
+    assert snapshot(store, good(100, first=2000)) == 2
+    told = capsys.readouterr().err
+    assert "2,000 of them missing" in told and "--append" in told and "--replace" in told
+    assert store.resolve("own").ref == "own@v1.0"
+    assert snapshot(store, good(100, first=2000), "--append") == 0
+    assert snapshot(store, good(1200), "--force") == 0  # a good part of them: said by the row count
+    assert snapshot(store, good(100), "--replace") == 0
+    assert len(store.load("own")) == 100

@@ -82,6 +82,7 @@ def _snapshot_rows(store: DataStore, name: str, file: Path | None, selection: st
 @click.option(
     "--append", is_flag=True, help="Add the rows to the default version; known keys are replaced."
 )
+@click.option("--replace", is_flag=True, help="Also when most of the rows before are not in it.")
 @click.option("--key", default="", help="The column that names a row.", metavar="COLUMN")
 @click.option("--label", default="", help="The column to predict.", metavar="COLUMN")
 @click.option(
@@ -98,6 +99,7 @@ def snapshot(
     file: Path | None,
     selection: str,
     append: bool,
+    replace: bool,
     key: str,
     label: str,
     order: tuple[str, ...],
@@ -121,7 +123,8 @@ def snapshot(
         name = name or _recipe_dataset(store)
         rows = _snapshot_rows(store, name, file, selection)
         about = version_columns(store, name, list(rows.columns), key, label)
-        about |= {"append": append, "order": order, "batch": batch, "message": message}
+        about |= {"append": append, "replace": replace, "order": order}
+        about |= {"batch": batch, "message": message}
         try:
             intake = take_rows(store, name, rows, force=force, minor=not major, **about)
         except BatchRefusedError as error:

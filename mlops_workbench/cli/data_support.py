@@ -23,7 +23,8 @@ from ..core.workspace import Workspace
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mlops_workbench.data.intake import Intake
+    from mlops_workbench.data.intake import Delivery, Intake
+    from mlops_workbench.data.records import DataVersion
     from mlops_workbench.data.versions import DataStore
 
 # %% auto #0
@@ -106,6 +107,7 @@ def take_rows(
     schema: Any = None,
     features: Sequence[str] | None = None,
     append: bool = False,
+    replace: bool = False,  # also when the table has less than half of the rows before
     order: Sequence[str] = (),
     pictures: str = "",
     force: bool = False,
@@ -115,7 +117,8 @@ def take_rows(
 ) -> Intake:
     """Judge rows and make the good ones the next version of a data set and its default.
 
-    Raises DataError for a table that cannot be a version and BatchRefusedError for rows that the checks refuse.
+    Raises DataError for a table that cannot be a version, UsageError for one that lacks most of the rows before, and
+    BatchRefusedError for rows that the checks refuse.
     """
     from mlops_workbench.data.intake import deliver, judge, take_in
     from mlops_workbench.data.validation import refuse
@@ -136,6 +139,9 @@ def take_rows(
             "pictures": pictures,
         }
         report = judge(store, delivery, **names, **how)
+        is_refused = report is not None and report.verdict == "refuse" and not force
+        if base is not None and not replace and not is_refused:
+            _expect_most_rows(base, delivery, key)
         made: dict[str, Any] = {
             "message": message,
             "source_batch": batch,
@@ -161,6 +167,18 @@ def take_rows(
         reason = "the same rows again" if intake.version.unchanged else said
         set_default_data(store.workspace, intake.version.ref, reason=reason, **by)
         return intake
+
+# %% ../../nbs/cli/26_data_support.ipynb #d33a808b
+def _expect_most_rows(base: DataVersion, delivery: Delivery, key: str) -> None:
+    """Raise UsageError for a table that would silently take the place of another one."""
+    if delivery.previous is None or not len(delivery.previous):
+        return
+    gone = int((~delivery.previous[key].isin(delivery.table[key])).sum())
+    if gone > len(delivery.previous) / 2:
+        raise UsageError(
+            f"expected a table with most of the {base.rows:,} rows of {base.ref}, found {gone:,} of them missing; to add rows to "
+            "these say --append, to put the table in their place --replace"
+        )
 
 # %% ../../nbs/cli/26_data_support.ipynb #5bdf5603
 def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any) -> None:
