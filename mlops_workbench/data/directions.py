@@ -29,7 +29,9 @@ def _peak(values: NDArray[np.float64], low: float, high: float, scale: float) ->
     reach = math.ceil(min(200.0, 1.5 * scale / step))
     offsets = np.arange(-reach, reach + 1) * step / (0.5 * scale)
     smooth = np.convolve(counts, np.exp(-(offsets**2) / 2))[reach:-reach]
-    return float(edges[int(smooth.argmax())] + step / 2)
+    place = int(smooth.argmax())
+    inside = values[(values >= edges[place]) & (values <= edges[place + 1])]
+    return float(np.median(inside)) if len(inside) else float(edges[place] + step / 2)
 
 # %% ../../nbs/data/30_directions.ipynb #1d837a94
 def number_direction(
