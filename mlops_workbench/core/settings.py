@@ -6,9 +6,9 @@
 __all__ = ['SETTINGS_FILE', 'Layer', 'FIXED_SECTIONS', 'NAMED_SECTIONS', 'FLAGS_VARIABLE', 'OTHER_VARIABLES', 'SettingsSection',
            'WorkspaceSettings', 'DataSettings', 'ExperimentSettings', 'PipelineSettings', 'ReleaseSettings',
            'RolloutSettings', 'ServingSettings', 'MonitoringSettings', 'UpdateSettings', 'PagesSettings',
-           'NotifySettings', 'GateSettings', 'AlertRule', 'Settings', 'find_workspace', 'Origin', 'section_keys',
-           'read_settings_file', 'read_environment', 'read_overrides', 'check_names', 'merge_layers', 'load_settings',
-           'setting_origins']
+           'ControlSettings', 'NotifySettings', 'GateSettings', 'AlertRule', 'Settings', 'find_workspace', 'Origin',
+           'section_keys', 'read_settings_file', 'read_environment', 'read_overrides', 'check_names', 'merge_layers',
+           'load_settings', 'setting_origins']
 
 # %% ../../nbs/core/03_settings.ipynb #2e099a16
 import configparser
@@ -154,6 +154,15 @@ class PagesSettings(SettingsSection):
     idle_seconds: float = Field(default=300, gt=0)
     refresh_seconds: float = Field(default=5, gt=0)
 
+# %% ../../nbs/core/03_settings.ipynb #9efe1656
+class ControlSettings(SettingsSection):
+    """The control plane: who may change what serves."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(default=8680, ge=0, le=65535)
+    token_days: float = Field(default=90, gt=0)
+    four_eyes: bool = False
+
 # %% ../../nbs/core/03_settings.ipynb #83c61ddb
 class NotifySettings(SettingsSection):
     """Channels by name, each an Apprise address or a secret reference to one."""
@@ -199,6 +208,7 @@ class Settings(SettingsSection):
     monitoring: MonitoringSettings = MonitoringSettings()
     update: UpdateSettings = UpdateSettings()
     pages: PagesSettings = PagesSettings()
+    control: ControlSettings = ControlSettings()
     notify: NotifySettings = NotifySettings()
     gates: dict[str, GateSettings] = Field(default_factory=dict)
     alerts: dict[str, AlertRule] = Field(default_factory=dict)
@@ -242,6 +252,7 @@ FIXED_SECTIONS: tuple[str, ...] = (
     "monitoring",
     "update",
     "pages",
+    "control",
 )
 NAMED_SECTIONS: dict[str, type[SettingsSection]] = {"gates": GateSettings, "alert": AlertRule}
 FLAGS_VARIABLE = "MWB_FLAGS"  # JSON of "section.key" -> value: the flags, for child processes

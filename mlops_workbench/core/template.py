@@ -100,6 +100,12 @@ port = 8866                           ; of the web pages; 0: any free port
 idle_seconds = 300                    ; a page's kernel without a viewer ends after so long
 refresh_seconds = 5                   ; an open page reads again so often
 
+[control]
+host = 127.0.0.1                      ; of the control plane, which asks everybody for a token
+port = 8680                           ; 0: any free port
+token_days = 90                       ; a token ends after so many days
+four_eyes = no                        ; yes: a second person approves a release before it serves all traffic
+
 [notify]
 maximum_attempts = 20                 ; a message is given up after so many
 ; team = secret://TEAM_CHANNEL        ; a channel: any name = an Apprise address (Slack, e-mail, webhook ...)
