@@ -154,7 +154,7 @@ class PagesSettings(SettingsSection):
     idle_seconds: float = Field(default=300, gt=0)
     refresh_seconds: float = Field(default=5, gt=0)
 
-# %% ../../nbs/core/03_settings.ipynb #9efe1656
+
 class ControlSettings(SettingsSection):
     """The control plane: who may change what serves."""
 

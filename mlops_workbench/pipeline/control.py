@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
@@ -208,10 +208,7 @@ def _add_moves(app: FastAPI, workspace: Workspace) -> None:
         ledger = Ledger(workspace.ledger_url)
         found = rollouts.the_rollout(ledger)
         verb(workspace, found, actor=who.name, reason=reason, **more)
-        row = next(row for row in ledger.rollouts() if row.name == found.name)
-        if row.status == "promoted":
-            follow_in_registry(workspace, row.candidate)
-        return asdict(row)
+        return asdict(next(row for row in ledger.rollouts() if row.name == found.name))
 
     @app.post("/api/rollout")
     def start(body: StartBody, who: Deployer) -> dict[str, Any]:
@@ -243,15 +240,17 @@ def _add_moves(app: FastAPI, workspace: Workspace) -> None:
         return moved(rollouts.abort_rollout, who, body.reason, bar=body.bar)
 
     @app.post("/api/rollout/promote")
-    def promote(body: Body, who: Deployer) -> dict[str, Any]:
+    def promote(body: Body, who: Deployer, later: BackgroundTasks) -> dict[str, Any]:
         """Give all traffic to the new release."""
-        return moved(rollouts.promote_rollout, who, body.reason)
+        row = moved(rollouts.promote_rollout, who, body.reason)
+        later.add_task(follow_in_registry, workspace, row["candidate"])
+        return row
 
     @app.post("/api/rollback")
-    def roll_back(body: RollbackBody, who: Operator) -> dict[str, Any]:
+    def roll_back(body: RollbackBody, who: Operator, later: BackgroundTasks) -> dict[str, Any]:
         """Go back to an earlier release, data and model together."""
         change = rollback(workspace, body.to, actor=who.name, reason=body.reason, bar=body.bar)
-        follow_in_registry(workspace, change.digest)
+        later.add_task(follow_in_registry, workspace, change.digest)
         return asdict(change)
 
     @app.post("/api/releases/{name}/approve")
