@@ -22,7 +22,7 @@ from ..core.clock import timestamp
 from ..core.errors import ConflictError
 from ..core.features import FeatureSchema
 from ..core.files import canonical_json
-from ..core.ledger import Ledger, RolloutRow
+from ..core.ledger import Ledger, RolloutRow, share_words
 from ..core.ledger_schema import json_ready
 from ..core.settings import RolloutSettings
 from ..core.workspace import Workspace
@@ -30,13 +30,18 @@ from ..monitoring.champion import read_part
 from ..monitoring.prediction_store import read_window
 from .arms import Arm, measure_arm
 from .deployment import CHALLENGER
-from .rollouts import abort_rollout, advance_rollout, promote_rollout
+from mlops_workbench.release.rollouts import (
+    abort_rollout,
+    advance_rollout,
+    pause_rollout,
+    promote_rollout,
+)
 from .sample_ratio import RatioCheck, check_ratio
 from .verdict import Metric, Verdict, judge
 
 # %% auto #0
-__all__ = ['LATENCY_ROWS', 'FAILED_ROWS', 'LEASE', 'LEASE_SECONDS', 'Side', 'Evidence', 'row_values', 'read_evidence', 'Move',
-           'next_move', 'looks_file', 'keep_look', 'tend_rollout']
+__all__ = ['LATENCY_ROWS', 'FAILED_ROWS', 'LEASE', 'LEASE_SECONDS', 'Side', 'Evidence', 'row_values', 'since_both',
+           'read_evidence', 'Move', 'next_move', 'looks_file', 'keep_look', 'tend_rollout']
 
 # %% ../../nbs/release/18_rollout_judge.ipynb #b48c9f73
 @dataclass(frozen=True)
@@ -128,6 +133,12 @@ def _side(
     return Side(name, len(rows), int(entities.nunique()), arm, latency)
 
 
+def since_both(rows: pd.DataFrame, candidate: str) -> pd.DataFrame:
+    """The rows since the candidate's first answer: while it was being loaded, the champion had its share. All rows without one."""
+    first = rows.loc[rows["release"] == candidate, "time"].min()
+    return rows if math.isnan(first) else rows[rows["time"] >= first]
+
+
 def read_evidence(
     workspace: Workspace, rollout: RolloutRow, moment: float | None = None
 ) -> Evidence:
@@ -138,9 +149,10 @@ def read_evidence(
     begun = datetime.fromisoformat(rollout.started_at).timestamp()
     window = read_window(workspace.predictions, since, moment)
     until = moment - 60 * settings.label_delay_minutes
+    rows = since_both(window.predictions, rollout.candidate)
     sides = []
     for digest in (rollout.champion, rollout.candidate):
-        mine = window.predictions[window.predictions["release"] == digest]
+        mine = rows[rows["release"] == digest]
         name = ledger.release(digest).name
         sides.append(_side(mine, name, _schema(ledger, digest), settings, until))
     old, new = sides
@@ -174,7 +186,7 @@ FAILED_ROWS = 3  # failed rows that are never chance
 class Move:
     """What is to be done with a rollout, and why."""
 
-    kind: Literal["wait", "advance", "promote", "abort"]
+    kind: Literal["wait", "advance", "promote", "abort", "pause"]
     reason: str
     bar: bool = False  # the candidate may not serve until a person clears it
 
@@ -198,15 +210,20 @@ def next_move(rollout: RolloutRow, found: Evidence, settings: RolloutSettings) -
     if found.verdict.word == "worse":
         return Move("abort", f"worse: {found.verdict.reason}", True)
     if rollout.status == "paused":
-        return Move("wait", "paused by a person")
+        return Move("wait", f"paused: {rollout.reason}")
+    if found.ratio is not None and not found.ratio.ok:
+        return Move(
+            "pause", f"blocked: {found.ratio.words()}; find out why, then `mwb release resume`"
+        )
     last = rollout.step + 1 >= len(rollout.steps)
     enough = min(found.old.labelled.rows, found.new.labelled.rows) >= settings.minimum_rows
-    blocked = found.ratio is not None and not found.ratio.ok
-    if found.minutes >= settings.minimum_minutes and enough and not blocked:
+    if found.minutes >= settings.minimum_minutes and enough:
         if last and found.verdict.word in ("better", "equivalent"):
             return Move("promote", f"{found.verdict.word}: {found.verdict.reason}")
         if not last:
-            return Move("advance", f"not worse at {rollout.share:.0%}: {found.verdict.reason}")
+            return Move(
+                "advance", f"not worse at {share_words(rollout.share)}: {found.verdict.reason}"
+            )
     if found.hours >= settings.maximum_hours:
         return Move(
             "abort",
@@ -266,15 +283,15 @@ def tend_rollout(
         by: dict[str, Any] = {
             "actor": actor,
             "reason": move.reason,
-            "evidence": found.as_dict(),
+            "evidence": {**found.as_dict(), "rules": workspace.settings.rollout.model_dump()},
             "fence": lease,
         }
-        if move.kind == "advance":
-            advance_rollout(workspace, rollout, **by)
-        elif move.kind == "promote":
-            promote_rollout(workspace, rollout, **by)
-        elif move.kind == "abort":
+        if move.kind == "abort":
             abort_rollout(workspace, rollout, bar=move.bar, **by)
+        elif move.kind != "wait":
+            {"advance": advance_rollout, "promote": promote_rollout, "pause": pause_rollout}[
+                move.kind
+            ](workspace, rollout, **by)
         return rollout, found, move
     finally:
         ledger.release_lease(lease)
