@@ -19,7 +19,7 @@ from mlops_workbench.cli.options import (
     workspace_option,
 )
 from ..core.clock import iso
-from ..core.ledger import Ledger
+from ..core.ledger import Ledger, share_words
 from ..core.slot_history import slot_history
 from ..core.workspace import Workspace
 
@@ -146,7 +146,7 @@ def show_as_of(moment: str, workspace: Path | None, as_json: bool) -> None:
                 )
     if "rollout" in found:
         click.echo(
-            f"  {found['rollout']['name']}: {found['rollout']['release']} had {found['rollout']['share'] * 100:g} % of the traffic"
+            f"  {found['rollout']['name']}: {found['rollout']['release']} had {share_words(found['rollout']['share'])}"
         )
     for name, ref in found["data"].items():
         click.echo(f"  default version of {name}: {ref}")

@@ -18,11 +18,12 @@ from ..core.workspace import Workspace
 
 if TYPE_CHECKING:
     from mlops_workbench.core.ledger import RolloutRow
-    from mlops_workbench.release.rollout_judge import Evidence, Move
+    from mlops_workbench.release.rollout_evidence import Evidence
+    from mlops_workbench.release.rollout_judge import Move
 
 # %% auto #0
-__all__ = ['REASON', 'ROLLOUT_COMMANDS', 'read_steps', 'start', 'status_lines', 'status', 'tend', 'pause', 'resume', 'promote',
-           'abort', 'record', 'plan']
+__all__ = ['REASON', 'ROLLOUT_COMMANDS', 'read_steps', 'start', 'status_lines', 'copy_lines', 'status', 'tend', 'pause', 'resume',
+           'promote', 'abort', 'record', 'plan']
 
 # %% ../../nbs/cli/20_rollout.ipynb #9ed3b262
 def read_steps(text: str) -> tuple[float, ...]:
@@ -84,9 +85,25 @@ def status_lines(rollout: RolloutRow, found: Evidence, move: Move) -> list[str]:
         f"{rollout.name}  {rollout.status}  step {rollout.step + 1} of {len(rollout.steps)}: {found.new.name} has "
         f"{share_words(rollout.share)}{failed}",
         *sides,
+        *copy_lines(found),
         f"  word      {found.verdict.word}: {found.verdict.reason}",
         f"  next      {move.kind}: {move.reason}",
     ]
+
+
+def copy_lines(found: Evidence) -> list[str]:
+    """What only a copy of the traffic shows, and what narrowed the interval."""
+    lines = [f"  covariate {found.covariate}"] if found.covariate else []
+    if found.copied is None:
+        return lines
+    figures = found.copied
+    invalid = f", {figures.invalid:,} invalid" if figures.invalid else ""
+    missed = (
+        f"; {figures.missed:,} rows of the copy were dropped or are on their way"
+        if figures.missed
+        else ""
+    )
+    return [*lines, f"  the copy  agrees on {figures.agreement:.1%} of the rows{invalid}{missed}"]
 
 
 @click.command("status")
@@ -98,7 +115,8 @@ def status(workspace: Path | None, as_json: bool) -> None:
     Example: mwb release status
     """
     from mlops_workbench.core.ledger import Ledger
-    from mlops_workbench.release.rollout_judge import next_move, read_evidence
+    from mlops_workbench.release.rollout_evidence import read_evidence
+    from mlops_workbench.release.rollout_judge import next_move
 
     opened = Workspace.open(workspace)
     ledger = Ledger(opened.ledger_url)
