@@ -141,18 +141,18 @@ def test_a_rollout_by_http_and_back(tmp_path: Path) -> None:
         def post(path: str, **body: object) -> httpx.Response:
             return client.post(path, headers=ann, json={"reason": "by test", **body})
 
-        wrong = post("/api/rollout", release=new, steps=[50, 5])
+        wrong = post("/api/rollout", release=new, steps="50,5")
         assert wrong.status_code == 422 and "rising percentages" in wrong.json()["detail"]
-        assert post("/api/rollout", release=new, steps=[10, 50]).json()["status"] == "running"
+        assert post("/api/rollout", release=new, steps="10,50").json()["status"] == "running"
         assert split(workspace) == {"champion": 0.9, "challenger": 0.1}
         assert client.get("/api/rollout", headers=ann).json()["next"]["kind"] == "wait"
-        assert post("/api/rollout", release=new, steps=[10]).status_code == 409
+        assert post("/api/rollout", release=new, steps="10").status_code == 409
         assert post("/api/rollout/pause").json()["status"] == "paused"
         assert post("/api/rollout/resume").json()["status"] == "running"
         assert post("/api/rollout/abort", bar=True).json()["status"] == "aborted"
-        assert post("/api/rollout", release=new, steps=[10]).status_code == 409, "barred"
+        assert post("/api/rollout", release=new, steps="10").status_code == 409, "barred"
         assert post(f"/api/releases/{new}/clear").status_code == 200
-        assert post("/api/rollout", release=new, steps=[10]).status_code == 200
+        assert post("/api/rollout", release=new, steps="10").status_code == 200
         assert post("/api/rollout/promote").json()["status"] == "promoted"
         assert client.get("/api/status", headers=ann).json()["champion"] == new
         assert post("/api/rollback", to=old).json()["name"] == old

@@ -18,7 +18,7 @@ from mlops_workbench.cli.options import (
     workspace_option,
 )
 from ..core.asof import as_of
-from ..core.ledger import Ledger
+from ..core.ledger import Ledger, share_words
 from ..core.workspace import Workspace
 
 # %% ../../nbs/cli/14_audit.ipynb #9f1c6ae4
@@ -84,7 +84,7 @@ def show_as_of(moment: str, workspace: Path | None, as_json: bool) -> None:
                 )
     if "rollout" in found:
         click.echo(
-            f"  {found['rollout']['name']}: {found['rollout']['release']} had {found['rollout']['share'] * 100:g} % of the traffic"
+            f"  {found['rollout']['name']}: {found['rollout']['release']} had {share_words(found['rollout']['share'])}"
         )
     for name, ref in found["data"].items():
         click.echo(f"  default version of {name}: {ref}")

@@ -364,7 +364,9 @@ def status_text(status: dict[str, Any]) -> str:
         _section("services", status["services"], "none"),
     ]
     if (rollout := status["rollout"]) is not None:
-        share = f"{rollout['share'] * 100:g} % of the traffic"
+        from mlops_workbench.core.ledger import share_words
+
+        share = share_words(rollout["share"])
         words = f"{rollout['name']}, {rollout['status']}: {rollout['release']} has {share}; see mwb release status"
         parts.insert(2, words)
     if status["leases"]:

@@ -35,13 +35,15 @@ from mlops_workbench.core.errors import (
     WorkbenchError,
 )
 from ..core.ledger import Ledger
+from ..core.settings import read_steps
 from ..core.workspace import Workspace
 from .data_rollback import rollback_data
 from .deploy import follow_in_registry
 from ..release import rollouts
 from ..release.approvals import approve_release
 from ..release.deployment import CHAMPION, clear_release, rollback
-from ..release.rollout_judge import next_move, read_evidence
+from ..release.rollout_evidence import read_evidence
+from ..release.rollout_judge import next_move
 
 # %% ../../nbs/pipeline/48_control.ipynb #30fa51a4
 OPEN_ROUTES = ("/health",)
@@ -111,7 +113,7 @@ class StartBody(Body):
     """A rollout to start."""
 
     release: str
-    steps: tuple[float, ...] = ()  # percent of the traffic; none: those of the settings
+    steps: str = ""  # such as shadow,5,25,50 (percent of the traffic); empty: those of the settings
 
 
 class AbortBody(Body):
@@ -213,11 +215,10 @@ def _add_moves(app: FastAPI, workspace: Workspace) -> None:
     @app.post("/api/rollout")
     def start(body: StartBody, who: Deployer) -> dict[str, Any]:
         """Give an approved release its first share of the traffic."""
-        shares = tuple(step / 100 for step in body.steps)
-        if any(not 0 < share < 1 for share in shares) or list(shares) != sorted(set(shares)):
-            raise UsageError(
-                f"expected rising percentages between 0 and 100 in steps, found {list(body.steps)}"
-            )
+        try:
+            shares = read_steps(body.steps)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         return asdict(
             rollouts.start_rollout(
                 workspace, body.release, actor=who.name, shares=shares, reason=body.reason

@@ -25,6 +25,7 @@ from .metrics import ServerMetrics
 from .models import LoadedModel
 from .prediction_log import PredictionLog, recent_records, recover_segments
 from .requests import Question, RequestError
+from .shadow import ShadowCopy
 from .slots import CHAMPION, Arms, ModelSlots
 
 # %% auto #0
@@ -139,7 +140,8 @@ class PredictionService:
 
     def __init__(self, *, pointer_path: Path, predictions: Path, settings: ServingSettings) -> None:
         self.predictions = predictions
-        self.slots = ModelSlots(pointer_path)
+        self.shadow = ShadowCopy(predictions, settings)
+        self.slots = ModelSlots(pointer_path, shadow=self.shadow.follow)
         self.log = PredictionLog(
             predictions,
             sync_interval_ms=settings.sync_interval_ms,
@@ -161,6 +163,7 @@ class PredictionService:
         """Stop following the pointer and close the log."""
         self.draining = True
         self.slots.stop()
+        self.shadow.close()
         self.log.close()
 
     def arms(self) -> Arms:
@@ -187,9 +190,11 @@ class PredictionService:
         ids = question.ids or [f"{request}-{row}" for row in range(len(question.rows))]
         groups = arms.divide(entity_keys(arms.champion.schema, question.rows, ids))
         answers: list[Answered] = []
+        begun = time.thread_time()  # what the model takes, whoever else wants the processor
         for slot, places in groups.items():
             rows = question.rows if len(groups) == 1 else [question.rows[place] for place in places]
             answers.append((*self._answer(arms, slot, rows), places))
+        took_ms = round((time.thread_time() - begun) * 1000, 3)
         latency_ms = round((time.perf_counter() - started) * 1000, 3)
         records: list[dict[str, Any]] = [{}] * len(ids)
         for slot, known, probabilities, places in answers:
@@ -202,6 +207,7 @@ class PredictionService:
         self.book.add_predictions(ids)
         for slot, _, _, places in answers:
             self.metrics.predictions(slot, arms.models[slot].digest, len(places))
+        self.shadow.offer(request, ids, question.rows, took_ms)
         return predict_reply(arms.models, records)
 
     def _answer(
@@ -219,8 +225,9 @@ class PredictionService:
                 arms, CHAMPION, rows
             )  # raises where the question itself is at fault
             self.record_error(
-                "/predict", FAILED_ARM, f"{model.manifest.name} in slot {slot}: {error}"
-            )
+                "/predict", FAILED_ARM, f"{model.manifest.name} in slot {slot}: {error}",
+                release=model.digest, slot=slot, rows=len(rows),
+            )  # fmt: skip
             self.metrics.failed_arm(slot, model.digest, len(rows))
             return answered
 
@@ -238,14 +245,15 @@ class PredictionService:
         self.metrics.feedback(counts)
         return counts
 
-    def record_error(self, route: str, status: int, reason: str) -> None:
-        """Put a refusal or failure on record; PredictionLogError when even that cannot be written."""
+    def record_error(self, route: str, status: int, reason: str, **about: str | int) -> None:
+        """Put a refusal or failure on record, with the release, slot and rows it is about; PredictionLogError when it cannot be written."""
         record = {
             "kind": "error",
             "time": timestamp(),
             "status": status,
             "reason": reason[:500],
             "route": route,
+            **about,
         }
         self.log.append([record])
 
