@@ -103,6 +103,25 @@ def late_model(bias: float = 0.0, *, nan: bool = False, classes: int = 2) -> byt
     return bytes(model.SerializeToString())
 
 
+def picture_model(size: int = 16, shape: tuple[int, ...] = (1, 4, 4)) -> bytes:
+    """Ten classes of small pictures by one matrix, as ONNX bytes."""
+    weights = np.random.default_rng(0).normal(size=(size, 10)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["image"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
+            helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+        ],
+        "digit",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["rows", *shape])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["rows", 10])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
 def build_bundle(
     root: Path,
     *,

@@ -27,6 +27,7 @@ from serving_support import (
     late_model,
     logged,
     make_workspace,
+    picture_model,
     point_at,
     serving,
     start_server,
@@ -288,26 +289,6 @@ def test_a_large_question_does_not_hold_up_small_ones(server: RunningServer) -> 
 
 
 def test_a_picture_is_answered(tmp_path: Path) -> None:
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    nodes = [
-        helper.make_node("Flatten", ["image"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
-        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
-    ]
-    import numpy as np
-
-    weights = np.random.default_rng(0).normal(size=(16, 10)).astype(np.float32)
-    graph = helper.make_graph(
-        nodes,
-        "digit",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["rows", 1, 4, 4])],
-        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["rows", 10])],
-        [numpy_helper.from_array(weights, "weights")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    onnx.checker.check_model(model)
     image = Feature(name="image", kind="image", nullable=False, maximum=16, shape=(1, 4, 4))
     schema = FeatureSchema(
         features=(image,), classes=tuple("0123456789"), label="digit", key="picture_id"
@@ -315,7 +296,7 @@ def test_a_picture_is_answered(tmp_path: Path) -> None:
     bundle = build_bundle(
         tmp_path,
         name="digits-r1",
-        model=model.SerializeToString(),
+        model=picture_model(),
         schema=schema,
         inputs=("image",),
     )

@@ -31,7 +31,8 @@ from ..core.secrets import resolve_secret
 from ..core.settings import ServingSettings
 from ..core.workspace import Workspace
 from .address import local_host, look_at
-from .app import WorkspaceName, create_app
+from .app import WorkspaceName
+from .routes import create_app
 from .http import is_loopback
 
 # %% auto #0

@@ -135,7 +135,7 @@ FAILED_ARM = 500  # status of the record when a slot failed and the champion ans
 
 
 class PredictionService:
-    """Answers, remembers and records; `predict` may run in several threads, the rest in one."""
+    """Answers, remembers and records; `answer` may run in several threads, the rest in one."""
 
     def __init__(self, *, pointer_path: Path, predictions: Path, settings: ServingSettings) -> None:
         self.predictions = predictions
@@ -176,8 +176,8 @@ class PredictionService:
         """The release that serves; RequestError 503 before there is one."""
         return self.arms().champion
 
-    def predict(self, arms: Arms, question: Question, started: float) -> bytes:
-        """Predict, write to the log, and only then give the reply in JSON.
+    def answer(self, arms: Arms, question: Question, started: float) -> list[dict[str, Any]]:
+        """Predict, write to the log, and only then give the records, of which every protocol makes its reply.
 
         Every entity is answered by its own slot; where another slot than the champion fails, the champion answers.
         `started` is time.perf_counter at the request's first byte. FeatureError names a field and row that do not fit,
@@ -189,7 +189,7 @@ class PredictionService:
         answers: list[Answered] = []
         for slot, places in groups.items():
             rows = question.rows if len(groups) == 1 else [question.rows[place] for place in places]
-            answers.append((*self._answer(arms, slot, rows), places))
+            answers.append((*self._answer(arms, slot, rows, question.route), places))
         latency_ms = round((time.perf_counter() - started) * 1000, 3)
         records: list[dict[str, Any]] = [{}] * len(ids)
         for slot, known, probabilities, places in answers:
@@ -202,10 +202,14 @@ class PredictionService:
         self.book.add_predictions(ids)
         for slot, _, _, places in answers:
             self.metrics.predictions(slot, arms.models[slot].digest, len(places))
-        return predict_reply(arms.models, records)
+        return records
+
+    def predict(self, arms: Arms, question: Question, started: float) -> bytes:
+        """The reply to a question in JSON, see `answer`."""
+        return predict_reply(arms.models, self.answer(arms, question, started))
 
     def _answer(
-        self, arms: Arms, slot: str, rows: list[dict[str, Any]]
+        self, arms: Arms, slot: str, rows: list[dict[str, Any]], route: str
     ) -> tuple[str, Rows, list[list[float]]]:
         """The slot that answered, its rows for the log and its probabilities."""
         model = arms.models[slot]
@@ -216,11 +220,9 @@ class PredictionService:
             if slot == CHAMPION:
                 raise
             answered = self._answer(
-                arms, CHAMPION, rows
+                arms, CHAMPION, rows, route
             )  # raises where the question itself is at fault
-            self.record_error(
-                "/predict", FAILED_ARM, f"{model.manifest.name} in slot {slot}: {error}"
-            )
+            self.record_error(route, FAILED_ARM, f"{model.manifest.name} in slot {slot}: {error}")
             self.metrics.failed_arm(slot, model.digest, len(rows))
             return answered
 
