@@ -20,6 +20,7 @@ import msgspec
 from ..core.errors import ServingError, shorten
 from ..core.features import FeatureError
 from ..core.settings import ServingSettings
+from .address import WorkspaceName
 from mlops_workbench.serving.http import (
     Answer,
     ClientGoneError,
@@ -36,10 +37,11 @@ from .prediction_log import PredictionLogError
 from .requests import Question, RequestError
 from .service import PredictionService
 from .slots import Arms
+from .workers import WorkerPlace
 
 # %% auto #0
 __all__ = ['INLINE_ROWS', 'LARGE_WAITING', 'UNLOGGED_STATUS', 'logger', 'Handler', 'Reply', 'Route', 'RouteTable',
-           'WorkspaceName', 'PredictionApp', 'answer_question', 'respond', 'answer_for', 'recorded']
+           'PredictionApp', 'answer_question', 'respond', 'answer_for', 'recorded']
 
 # %% ../../nbs/serving/08_app.ipynb #f39289bb
 INLINE_ROWS = 64  # questions of more rows go to the worker thread
@@ -84,14 +86,6 @@ class RouteTable:
                     return template, self.routes[template], parts
         return "other", None, {}
 
-# %% ../../nbs/serving/08_app.ipynb #a2dc5c57
-@dataclass(frozen=True)
-class WorkspaceName:
-    """Which workspace a server serves: its identity, and what people call it."""
-
-    id: str
-    name: str
-
 # %% ../../nbs/serving/08_app.ipynb #0bb9640f
 class PredictionApp:
     """The ASGI application of the prediction server."""
@@ -105,17 +99,18 @@ class PredictionApp:
         settings: ServingSettings,
         token: str | None,
         workspace: WorkspaceName | None = None,
+        place: WorkerPlace | None = None,
     ) -> None:
         self.routes = routes
         self.settings = settings
         self.workspace = workspace
         self.service = PredictionService(
-            pointer_path=pointer_path, predictions=predictions, settings=settings
+            pointer_path=pointer_path, predictions=predictions, settings=settings, place=place
         )
         self.guard = Guard(token)
         self.worker = ThreadPoolExecutor(1, "predict")
         self.waiting = 0  # large questions that have no answer yet
-        self.recalled: asyncio.Future[None] | None = None
+        self.recalled: asyncio.Future[int] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Speak ASGI."""
@@ -132,7 +127,7 @@ class PredictionApp:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                self.service.slots.start()
+                self.service.start()
                 self.recalled = loop.run_in_executor(None, self.service.recall)
                 await send({"type": "lifespan.startup.complete"})
             else:

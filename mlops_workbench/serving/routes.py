@@ -20,9 +20,9 @@ from mlops_workbench.serving.app import (
     PredictionApp,
     Route,
     RouteTable,
-    WorkspaceName,
     answer_question,
 )
+from .address import WorkspaceName
 from .http import Answer, Request, check_content_type, json_answer, read_body
 from .invocations import decode_invocations, invocations_reply
 from .models import LoadedModel
@@ -38,6 +38,7 @@ from .openapi import openapi_document
 from .requests import decode_feedback, decode_predict
 from .service import predict_reply
 from .slots import CHAMPION
+from .workers import WorkerPlace
 from .tensors import BINARY_HEADER, check_tensor_type
 
 # %% auto #0
@@ -67,6 +68,8 @@ async def feedback(app: PredictionApp, request: Request) -> Answer:
     items = decode_feedback(body, classes, app.settings.maximum_rows)
     if app.recalled is not None:
         await asyncio.shield(app.recalled)  # what an earlier server answered is known from here on
+    if app.service.place is not None:  # and so is what the other workers did up to now
+        await asyncio.get_running_loop().run_in_executor(None, app.service.recall)
     return json_answer(vars(app.service.feedback(items)))
 
 # %% ../../nbs/serving/14_routes.ipynb #354954f6
@@ -86,7 +89,8 @@ async def release(app: PredictionApp, request: Request) -> Answer:
 # %% ../../nbs/serving/14_routes.ipynb #48699f5f
 async def metrics(app: PredictionApp, request: Request) -> Answer:
     """GET /metrics: figures for Prometheus."""
-    return Answer(app.service.metrics.text(), content_type=CONTENT_TYPE_LATEST.encode())
+    loop, content_type = asyncio.get_running_loop(), CONTENT_TYPE_LATEST.encode()
+    return Answer(await loop.run_in_executor(None, app.service.figures), content_type=content_type)
 
 # %% ../../nbs/serving/14_routes.ipynb #2c40d2fb
 async def health(app: PredictionApp, request: Request) -> Answer:
@@ -96,7 +100,9 @@ async def health(app: PredictionApp, request: Request) -> Answer:
         return json_answer({"status": word, "workspace": whose and {"id": whose.id}})
     log = app.service.log
     figures = {"records": log.records, "failures": log.failures, "last_failure": log.last_failure}
-    about = {"status": word, "workspace": whose and asdict(whose)}
+    about: dict[str, object] = {"status": word, "workspace": whose and asdict(whose)}
+    if (place := app.service.place) is not None:
+        about |= {"worker": place.number, "workers": place.count}
     return json_answer({**about, **app.service.slots.status().as_json(), "log": figures})
 
 # %% ../../nbs/serving/14_routes.ipynb #32767172
@@ -195,6 +201,7 @@ def create_app(
     settings: ServingSettings,
     token: str | None,  # None trusts everybody who reaches the loopback address
     workspace: WorkspaceName | None = None,  # that it serves; None for a bundle alone
+    place: WorkerPlace | None = None,  # among several workers; None alone
 ) -> PredictionApp:
     """The prediction server as an ASGI application."""
     return PredictionApp(
@@ -204,4 +211,5 @@ def create_app(
         settings=settings,
         token=token,
         workspace=workspace,
+        place=place,
     )

@@ -5,9 +5,11 @@
 # %% ../../nbs/serving/07_service.ipynb #a8fabaa0
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
+import threading
 import time
 
 from collections.abc import Mapping, Sequence
@@ -23,16 +25,20 @@ from ..core.settings import ServingSettings
 from .feedback import FeedbackBook, FeedbackCounts, FeedbackItem
 from .metrics import ServerMetrics
 from .models import LoadedModel
-from .prediction_log import PredictionLog, recent_records, recover_segments
+from .prediction_log import PredictionLog, recover_segments
+from .recollection import Recollection
 from .requests import Question, RequestError
+from .shared_metrics import SharedMetrics
 from .slots import CHAMPION, Arms, ModelSlots
+from .workers import WorkerPlace
 
 # %% auto #0
-__all__ = ['LOOK_BACK_BYTES', 'logger', 'Rows', 'Answered', 'FAILED_ARM', 'logged_rows', 'prediction_records', 'predict_reply',
-           'entity_keys', 'RequestNames', 'PredictionService']
+__all__ = ['LOOK_BACK_BYTES', 'PUBLISH_SECONDS', 'logger', 'Rows', 'Answered', 'FAILED_ARM', 'logged_rows', 'prediction_records',
+           'predict_reply', 'entity_keys', 'RequestNames', 'PredictionService']
 
-# %% ../../nbs/serving/07_service.ipynb #a688e98a
-LOOK_BACK_BYTES = 32 * 1024 * 1024  # of the log, read at start to know recent requests
+# %% ../../nbs/serving/07_service.ipynb #c7fcd649
+LOOK_BACK_BYTES = 32 * 1024 * 1024  # of the log, read at once to know recent requests
+PUBLISH_SECONDS = 1.0  # between two writings of a worker's figures
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +143,16 @@ FAILED_ARM = 500  # status of the record when a slot failed and the champion ans
 class PredictionService:
     """Answers, remembers and records; `answer` may run in several threads, the rest in one."""
 
-    def __init__(self, *, pointer_path: Path, predictions: Path, settings: ServingSettings) -> None:
+    def __init__(
+        self,
+        *,
+        pointer_path: Path,
+        predictions: Path,
+        settings: ServingSettings,
+        place: WorkerPlace | None = None,  # among several workers; None alone
+    ) -> None:
         self.predictions = predictions
+        self.place = place
         self.slots = ModelSlots(pointer_path)
         self.log = PredictionLog(
             predictions,
@@ -149,17 +163,43 @@ class PredictionService:
         self.metrics = ServerMetrics(self.slots, self.log)
         self.names = RequestNames()
         self.draining = False
+        self._recollection = Recollection(
+            predictions, self.book, lambda: self.log.opened, LOOK_BACK_BYTES
+        )
+        self._shared = (
+            None if place is None else SharedMetrics(self.metrics, place.folder, place.number)
+        )
+        self._stopped = threading.Event()
+        self._recovered = False
 
-    def recall(self) -> None:
-        """Repair and read what earlier servers left in the log; takes a second for a full look back."""
-        for name in recover_segments(self.predictions).repaired:
-            logger.warning("cut a half-written line at the end of %s", name)
-        for record in recent_records(self.predictions, LOOK_BACK_BYTES):
-            self.book.replay(record)
+    def start(self) -> None:
+        """Follow the pointer, and show the other workers this one's figures."""
+        self.slots.start()
+        if self._shared is not None:
+            threading.Thread(target=self._publish, name="figures", daemon=True).start()
+
+    def _publish(self) -> None:
+        while self._shared is not None and not self._stopped.is_set():
+            with contextlib.suppress(OSError):  # a full disk is the log's to report
+                self._shared.publish()
+            self._stopped.wait(PUBLISH_SECONDS)
+
+    def recall(self) -> int:
+        """Know what earlier servers left in the log, and what other workers wrote since the last call."""
+        if not self._recovered:
+            self._recovered = True
+            for name in recover_segments(self.predictions).repaired:
+                logger.warning("cut a half-written line at the end of %s", name)
+        return self._recollection.catch_up()
+
+    def figures(self) -> bytes:
+        """The figures for Prometheus, of all workers."""
+        return self.metrics.text() if self._shared is None else self._shared.text()
 
     def close(self) -> None:
         """Stop following the pointer and close the log."""
         self.draining = True
+        self._stopped.set()
         self.slots.stop()
         self.log.close()
 
