@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,25 @@ def late_model(bias: float = 0.0, *, nan: bool = False, classes: int = 2) -> byt
         ],
         [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["rows", classes])],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def picture_model(size: int = 16, shape: tuple[int, ...] = (1, 4, 4)) -> bytes:
+    """Ten classes of small pictures by one matrix, as ONNX bytes."""
+    weights = np.random.default_rng(0).normal(size=(size, 10)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["image"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
+            helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+        ],
+        "digit",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["rows", *shape])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["rows", 10])],
+        [numpy_helper.from_array(weights, "weights")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.checker.check_model(model)
@@ -294,3 +314,50 @@ def make_workspace(root: Path, **serving_settings: object) -> Workspace:
     lines += [f"{name} = {value}" for name, value in serving_settings.items()]
     (root / "settings.ini").write_text("\n".join(lines) + "\n")
     return Workspace.open(root)
+
+
+@dataclass
+class Load:
+    """Client threads that ask without a pause and keep what they were told."""
+
+    port: int
+    answers: list[tuple[float, int, Any]] = field(default_factory=list)  # asked at, status, body
+    failures: list[str] = field(default_factory=list)
+    running: threading.Event = field(default_factory=threading.Event)
+    threads: list[threading.Thread] = field(default_factory=list)
+    expect_death: bool = False
+
+    def start(self, clients: int) -> "Load":
+        """Begin to ask."""
+        self.running.set()
+        for number in range(clients):
+            thread = threading.Thread(target=self._ask, args=(number,))
+            thread.start()
+            self.threads.append(thread)
+        return self
+
+    def stop(self) -> None:
+        """Stop asking."""
+        self.running.clear()
+        for thread in self.threads:
+            thread.join()
+
+    def _ask(self, number: int) -> None:
+        client = Client(self.port)
+        asked = 0
+        while self.running.is_set():
+            asked += 1
+            rows = [{**ROW, "hour": asked % 24, "carrier": CARRIERS[asked % 4]}] * (1 + asked % 3)
+            ids = [f"{number}-{asked}-{row}" for row in range(len(rows))]
+            began = time.monotonic()
+            try:
+                answer = client.post("/predict", {"rows": rows, "ids": ids})
+            except Exception as error:  # noqa: BLE001 - every failure of a request is a finding
+                if self.expect_death:
+                    return
+                self.failures.append(repr(error))
+                client = Client(self.port)
+                continue
+            self.answers.append((began, answer.status, answer.body))
+            if answer.status != 200:
+                self.failures.append(str(answer))

@@ -11,22 +11,21 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from serving_support import (
-    CARRIERS,
     ROW,
     SCHEMA,
     Answer,
-    Client,
+    Load,
     RunningServer,
     build_bundle,
     late_model,
     logged,
     make_workspace,
+    picture_model,
     point_at,
     serving,
     start_server,
@@ -288,26 +287,6 @@ def test_a_large_question_does_not_hold_up_small_ones(server: RunningServer) -> 
 
 
 def test_a_picture_is_answered(tmp_path: Path) -> None:
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    nodes = [
-        helper.make_node("Flatten", ["image"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
-        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
-    ]
-    import numpy as np
-
-    weights = np.random.default_rng(0).normal(size=(16, 10)).astype(np.float32)
-    graph = helper.make_graph(
-        nodes,
-        "digit",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["rows", 1, 4, 4])],
-        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["rows", 10])],
-        [numpy_helper.from_array(weights, "weights")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    onnx.checker.check_model(model)
     image = Feature(name="image", kind="image", nullable=False, maximum=16, shape=(1, 4, 4))
     schema = FeatureSchema(
         features=(image,), classes=tuple("0123456789"), label="digit", key="picture_id"
@@ -315,7 +294,7 @@ def test_a_picture_is_answered(tmp_path: Path) -> None:
     bundle = build_bundle(
         tmp_path,
         name="digits-r1",
-        model=model.SerializeToString(),
+        model=picture_model(),
         schema=schema,
         inputs=("image",),
     )
@@ -394,53 +373,6 @@ def test_with_a_token_only_those_who_know_it(tmp_path: Path, bundle: Path) -> No
 
 
 # ---- swapping
-
-
-@dataclass
-class Load:
-    """Client threads that ask without a pause and keep what they were told."""
-
-    port: int
-    answers: list[tuple[float, int, Any]] = field(default_factory=list)  # asked at, status, body
-    failures: list[str] = field(default_factory=list)
-    running: threading.Event = field(default_factory=threading.Event)
-    threads: list[threading.Thread] = field(default_factory=list)
-    expect_death: bool = False
-
-    def start(self, clients: int) -> "Load":
-        """Begin to ask."""
-        self.running.set()
-        for number in range(clients):
-            thread = threading.Thread(target=self._ask, args=(number,))
-            thread.start()
-            self.threads.append(thread)
-        return self
-
-    def stop(self) -> None:
-        """Stop asking."""
-        self.running.clear()
-        for thread in self.threads:
-            thread.join()
-
-    def _ask(self, number: int) -> None:
-        client = Client(self.port)
-        asked = 0
-        while self.running.is_set():
-            asked += 1
-            rows = [{**ROW, "hour": asked % 24, "carrier": CARRIERS[asked % 4]}] * (1 + asked % 3)
-            ids = [f"{number}-{asked}-{row}" for row in range(len(rows))]
-            began = time.monotonic()
-            try:
-                answer = client.post("/predict", {"rows": rows, "ids": ids})
-            except Exception as error:  # noqa: BLE001 - every failure of a request is a finding
-                if self.expect_death:
-                    return
-                self.failures.append(repr(error))
-                client = Client(self.port)
-                continue
-            self.answers.append((began, answer.status, answer.body))
-            if answer.status != 200:
-                self.failures.append(str(answer))
 
 
 def test_swaps_under_load_fail_no_request(tmp_path: Path) -> None:

@@ -16,7 +16,15 @@ from ..core.secrets import resolve_secret
 from ..core.workspace import Workspace
 
 # %% auto #0
-__all__ = ['ASK_SECONDS', 'ServerFound', 'local_host', 'look_at', 'find_server', 'server_headers']
+__all__ = ['ASK_SECONDS', 'WorkspaceName', 'ServerFound', 'local_host', 'look_at', 'find_server', 'server_headers']
+
+# %% ../../nbs/serving/10_address.ipynb #7624774f
+@dataclass(frozen=True)
+class WorkspaceName:
+    """Which workspace a server serves: its identity, and what people call it."""
+
+    id: str
+    name: str
 
 # %% ../../nbs/serving/10_address.ipynb #2be388fe
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ import asyncio
 import logging
 import time
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
-
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from ..core.errors import ServingError, shorten
 from ..core.features import FeatureError
 from ..core.settings import ServingSettings
+from .address import WorkspaceName
 from mlops_workbench.serving.http import (
     Answer,
     ClientGoneError,
@@ -29,36 +29,62 @@ from mlops_workbench.serving.http import (
     Request,
     Scope,
     Send,
-    check_content_type,
     error_answer,
-    json_answer,
     leaves_unread,
-    read_body,
 )
+from .models import LoadedModel
 from .prediction_log import PredictionLogError
-from .requests import RequestError, decode_feedback, decode_predict
+from .requests import Question, RequestError
 from .service import PredictionService
-from .slots import CHAMPION
+from .slots import Arms
+from .workers import WorkerPlace
 
 # %% auto #0
-__all__ = ['INLINE_ROWS', 'LOGGED_ROUTES', 'UNLOGGED_STATUS', 'logger', 'Handler', 'ROUTES', 'WorkspaceName', 'PredictionApp',
-           'create_app', 'predict', 'feedback', 'release', 'metrics', 'health', 'ready', 'Route', 'respond',
-           'answer_for', 'recorded']
+__all__ = ['INLINE_ROWS', 'LARGE_WAITING', 'UNLOGGED_STATUS', 'logger', 'Handler', 'Reply', 'Route', 'RouteTable',
+           'PredictionApp', 'answer_question', 'respond', 'answer_for', 'recorded']
 
 # %% ../../nbs/serving/08_app.ipynb #f39289bb
 INLINE_ROWS = 64  # questions of more rows go to the worker thread
-LOGGED_ROUTES = ("/predict", "/feedback")  # their failures belong to the record of the service
+LARGE_WAITING = 16  # large questions that may wait for the thread; more are told to come later
 UNLOGGED_STATUS = (401, 403, 405)  # strangers shall not fill the log
 
 logger = logging.getLogger(__name__)
 
-# %% ../../nbs/serving/08_app.ipynb #a2dc5c57
-@dataclass(frozen=True)
-class WorkspaceName:
-    """Which workspace a server serves: its identity, and what people call it."""
+# %% ../../nbs/serving/08_app.ipynb #2cf436ec
+Handler = Callable[["PredictionApp", Request], Awaitable[Answer]]
 
-    id: str
-    name: str
+
+@dataclass(frozen=True)
+class Route:
+    """What may be asked at a path."""
+
+    method: str
+    handler: Handler
+    is_open: bool = False  # True: strangers may ask
+    is_logged: bool = False  # True: its failures are put on record
+
+# %% ../../nbs/serving/08_app.ipynb #8a5876f2
+class RouteTable:
+    """Finds the route of a path."""
+
+    def __init__(self, routes: Mapping[str, Route]) -> None:
+        self.routes = dict(routes)
+        self._templates = [(path, path.split("/")) for path in routes if "{" in path]
+
+    def find(self, path: str) -> tuple[str, Route | None, dict[str, str]]:
+        """The path or template, its route and the named parts of the path; "other" and None for an unknown one."""
+        route = self.routes.get(path)
+        if route is not None and "{" not in path:
+            return path, route, {}
+        segments = path.split("/")
+        for template, names in self._templates:
+            if len(names) == len(segments):
+                parts = {
+                    n[1:-1]: part for n, part in zip(names, segments, strict=True) if n[:1] == "{"
+                }
+                if all(parts.values()) and template.format(**parts) == path:
+                    return template, self.routes[template], parts
+        return "other", None, {}
 
 # %% ../../nbs/serving/08_app.ipynb #0bb9640f
 class PredictionApp:
@@ -66,21 +92,25 @@ class PredictionApp:
 
     def __init__(
         self,
+        routes: RouteTable,
         *,
         pointer_path: Path,
         predictions: Path,
         settings: ServingSettings,
         token: str | None,
         workspace: WorkspaceName | None = None,
+        place: WorkerPlace | None = None,
     ) -> None:
+        self.routes = routes
         self.settings = settings
         self.workspace = workspace
         self.service = PredictionService(
-            pointer_path=pointer_path, predictions=predictions, settings=settings
+            pointer_path=pointer_path, predictions=predictions, settings=settings, place=place
         )
         self.guard = Guard(token)
         self.worker = ThreadPoolExecutor(1, "predict")
-        self.recalled: asyncio.Future[None] | None = None
+        self.waiting = 0  # large questions that have no answer yet
+        self.recalled: asyncio.Future[int] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Speak ASGI."""
@@ -97,7 +127,7 @@ class PredictionApp:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                self.service.slots.start()
+                self.service.start()
                 self.recalled = loop.run_in_executor(None, self.service.recall)
                 await send({"type": "lifespan.startup.complete"})
             else:
@@ -106,136 +136,63 @@ class PredictionApp:
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
-# %% ../../nbs/serving/08_app.ipynb #9a78c1ca
-def create_app(
-    *,
-    pointer_path: Path,  # the file that says which bundle serves
-    predictions: Path,  # folder of the prediction log
-    settings: ServingSettings,
-    token: str | None,  # None trusts everybody who reaches the loopback address
-    workspace: WorkspaceName | None = None,  # that it serves; None for a bundle alone
-) -> PredictionApp:
-    """The prediction server as an ASGI application."""
-    return PredictionApp(
-        pointer_path=pointer_path,
-        predictions=predictions,
-        settings=settings,
-        token=token,
-        workspace=workspace,
-    )
+# %% ../../nbs/serving/08_app.ipynb #bdfb2265
+Reply = Callable[[Mapping[str, LoadedModel], list[dict[str, Any]]], Answer]
 
-# %% ../../nbs/serving/08_app.ipynb #9585e605
-async def predict(app: PredictionApp, request: Request) -> Answer:
-    """POST /predict: probabilities for one row or many."""
-    check_content_type(request.headers)
-    body = await read_body(request, app.settings.maximum_body_bytes)
-    arms = app.service.arms()
-    question = decode_predict(body, app.settings.maximum_rows)
+
+async def answer_question(
+    app: PredictionApp,
+    arms: Arms,  # read once, so that question and answer belong to the same releases
+    question: Question,
+    started: float,  # seconds of time.perf_counter at the request's first byte
+    reply: Reply,  # makes a protocol's answer of the records
+) -> Answer:
+    """The answer to a question; RequestError 429 when too many large ones wait."""
+
+    def work() -> Answer:
+        return reply(arms.models, app.service.answer(arms, question, started))
+
     if len(question.rows) <= INLINE_ROWS:
-        return Answer(app.service.predict(arms, question, request.started))
-    loop = asyncio.get_running_loop()
-    work = loop.run_in_executor(app.worker, app.service.predict, arms, question, request.started)
-    return Answer(await work)
-
-# %% ../../nbs/serving/08_app.ipynb #dafcb388
-async def feedback(app: PredictionApp, request: Request) -> Answer:
-    """POST /feedback: labels and clicks by prediction id."""
-    check_content_type(request.headers)
-    body = await read_body(request, app.settings.maximum_body_bytes)
-    classes = app.service.champion().classes
-    items = decode_feedback(body, classes, app.settings.maximum_rows)
-    if app.recalled is not None:
-        await asyncio.shield(app.recalled)  # what an earlier server answered is known from here on
-    return json_answer(vars(app.service.feedback(items)))
-
-# %% ../../nbs/serving/08_app.ipynb #992bb993
-async def release(app: PredictionApp, request: Request) -> Answer:
-    """GET /release: what serves, where it came from, and what it eats."""
-    model, status = app.service.champion(), app.service.slots.status()
-    manifest = model.manifest.model_dump(mode="json", exclude={"files"})
-    schema = model.schema.model_dump(mode="json")
-    about = {
-        "release": manifest["name"],
-        "slot": CHAMPION,
-        "epoch": status.epoch,
-        "since": status.since,
-    }
-    return json_answer({**about, **manifest, "schema": schema})
-
-# %% ../../nbs/serving/08_app.ipynb #b1d4fc52
-async def metrics(app: PredictionApp, request: Request) -> Answer:
-    """GET /metrics: figures for Prometheus."""
-    return Answer(app.service.metrics.text(), content_type=CONTENT_TYPE_LATEST.encode())
-
-# %% ../../nbs/serving/08_app.ipynb #744d3c80
-async def health(app: PredictionApp, request: Request) -> Answer:
-    """GET /health: 200 while the process lives, and whose it is; what is wrong, for those who may see it."""
-    word, whose = app.service.health(), app.workspace
-    if not app.guard.knows(request.headers):
-        return json_answer({"status": word, "workspace": whose and {"id": whose.id}})
-    log = app.service.log
-    figures = {"records": log.records, "failures": log.failures, "last_failure": log.last_failure}
-    figures |= {"copied": app.service.shadow.sent, "copies_dropped": app.service.shadow.dropped}
-    about = {"status": word, "workspace": whose and asdict(whose)}
-    return json_answer({**about, **app.service.slots.status().as_json(), "log": figures})
-
-# %% ../../nbs/serving/08_app.ipynb #412c4691
-async def ready(app: PredictionApp, request: Request) -> Answer:
-    """GET /ready: 200 when a release answers, 503 before and while draining."""
-    is_ready = app.service.slots.champion is not None and not app.service.draining
-    return json_answer({"ready": is_ready}, 200 if is_ready else 503)
-
-# %% ../../nbs/serving/08_app.ipynb #2ffb9891
-Handler = Callable[[PredictionApp, Request], Awaitable[Answer]]
-
-# %% ../../nbs/serving/08_app.ipynb #1bd5d761
-@dataclass(frozen=True)
-class Route:
-    """What may be asked at a path."""
-
-    method: str
-    handler: Handler
-    is_open: bool = False  # True: strangers may ask
-
-# %% ../../nbs/serving/08_app.ipynb #0712b942
-ROUTES: dict[str, Route] = {
-    "/predict": Route("POST", predict),
-    "/feedback": Route("POST", feedback),
-    "/release": Route("GET", release),
-    "/metrics": Route("GET", metrics),
-    "/health": Route("GET", health, is_open=True),
-    "/ready": Route("GET", ready, is_open=True),
-}
+        return work()
+    if app.waiting >= LARGE_WAITING:
+        raise RequestError(
+            429, f"expected at most {LARGE_WAITING} large requests at once, found more; come again"
+        )
+    app.waiting += 1
+    try:
+        return await asyncio.get_running_loop().run_in_executor(app.worker, work)
+    finally:
+        app.waiting -= 1
 
 # %% ../../nbs/serving/08_app.ipynb #faf8c613
 async def respond(app: PredictionApp, scope: Scope, receive: Receive, send: Send) -> None:
     """One request from its first byte to its answer."""
     started = time.perf_counter()
-    request = Request(scope["method"], scope["path"], dict(scope["headers"]), receive, started)
+    template, route, parts = app.routes.find(scope["path"])
+    headers = dict(scope["headers"])
+    request = Request(scope["method"], scope["path"], headers, receive, started, parts)
     try:
-        answer = await answer_for(app, request)
+        answer = await answer_for(app, request, route)
     except ClientGoneError:
         return
     except Exception:
         logger.exception("an error of the server itself, in %s", shorten(request.path))
         answer = error_answer(500, "the server failed on this request; its log says how")
-    if answer.status >= 400:
-        answer = recorded(app, request, answer)
-    route = request.path if request.path in ROUTES else "other"
-    app.service.metrics.request(route, answer.status, time.perf_counter() - started)
+    if answer.status >= 400 and route is not None and route.is_logged:
+        answer = recorded(app, template, answer)
+    app.service.metrics.request(template, answer.status, time.perf_counter() - started)
     length = str(len(answer.body)).encode()
-    headers = [(b"content-type", answer.content_type), (b"content-length", length), *answer.headers]
+    sent = [(b"content-type", answer.content_type), (b"content-length", length), *answer.headers]
     if leaves_unread(request, answer):
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        sent.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": answer.status, "headers": sent})
     await send({"type": "http.response.body", "body": answer.body})
 
-# %% ../../nbs/serving/08_app.ipynb #2adbe129
-async def answer_for(app: PredictionApp, request: Request) -> Answer:
+# %% ../../nbs/serving/08_app.ipynb #0fb979cd
+async def answer_for(app: PredictionApp, request: Request, route: Route | None) -> Answer:
     """The answer to a request, refusals included."""
-    route = ROUTES.get(request.path)
     if route is None:
-        known = ", ".join(ROUTES)
+        known = ", ".join(app.routes.routes)
         return error_answer(404, f"expected one of {known}; found {shorten(request.path)}")
     method = "GET" if request.method == "HEAD" else request.method
     if method != route.method:
@@ -246,7 +203,10 @@ async def answer_for(app: PredictionApp, request: Request) -> Answer:
     try:
         return await route.handler(app, request)
     except RequestError as error:
-        return error_answer(error.status, str(error), field=error.field, row=error.row)
+        wait = ((b"retry-after", b"1"),) if error.status == 429 else ()
+        return error_answer(
+            error.status, str(error), field=error.field, row=error.row, headers=wait
+        )
     except FeatureError as error:
         return error_answer(422, str(error), field=error.field, row=error.row)
     except PredictionLogError as error:
@@ -254,14 +214,14 @@ async def answer_for(app: PredictionApp, request: Request) -> Answer:
     except ServingError as error:
         return error_answer(500, str(error))
 
-# %% ../../nbs/serving/08_app.ipynb #536a6029
-def recorded(app: PredictionApp, request: Request, answer: Answer) -> Answer:
+# %% ../../nbs/serving/08_app.ipynb #1af6be41
+def recorded(app: PredictionApp, route: str, answer: Answer) -> Answer:
     """The refusal, once it is on record; a 503 instead when it cannot be written."""
-    if request.path not in LOGGED_ROUTES or answer.status in UNLOGGED_STATUS:
+    if answer.status in UNLOGGED_STATUS:
         return answer
     reason = msgspec.json.decode(answer.body)["error"]
     try:
-        app.service.record_error(request.path, answer.status, reason)
+        app.service.record_error(route, answer.status, reason)
     except PredictionLogError as error:
         return error_answer(503, str(error), headers=((b"retry-after", b"5"),))
     return answer

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import threading
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import msgspec
 
 # %% auto #0
-__all__ = ['RecentMemory', 'FeedbackItem', 'FeedbackCounts', 'FeedbackBook']
+__all__ = ['RecentMemory', 'FeedbackItem', 'FeedbackCounts', 'Mark', 'FeedbackBook']
 
 # %% ../../nbs/serving/03_feedback.ipynb #fe20549d
 class RecentMemory:
@@ -54,6 +55,15 @@ class FeedbackCounts:
     changed: int = 0  # accepted, and unlike what was said before
     orphan: int = 0  # accepted, about a prediction that this server does not remember
 
+# %% ../../nbs/serving/03_feedback.ipynb #677ae851
+class Mark(msgspec.Struct):
+    """What a record of the log says about one request."""
+
+    kind: str
+    id: str = ""
+    label: str | None = None
+    click: bool | None = None
+
 # %% ../../nbs/serving/03_feedback.ipynb #cc25787f
 class FeedbackBook:
     """Knows the recent predictions and what was said about them."""
@@ -92,13 +102,16 @@ class FeedbackBook:
 
     def remember(self, items: Iterable[FeedbackItem]) -> None:
         """Remember items that were written to the log."""
-        for item in items:
-            self._said.put((item.id, item.kind), hash(item.value))
+        with self._lock:
+            for item in items:
+                self._said.put((item.id, item.kind), hash(item.value))
 
-    def replay(self, record: Mapping[str, Any]) -> None:
-        """Remember what stands in the log of an earlier server."""
-        if record["kind"] == "prediction":
-            self.add_predictions([record["id"]])
-        elif record["kind"] == "feedback":
-            kind = "label" if "label" in record else "click"
-            self._said.put((record["id"], kind), hash(record[kind]))
+    def replay(self, mark: Mark) -> None:
+        """Remember what stands in the log of an earlier server, or of another worker."""
+        if mark.kind == "prediction":
+            self.add_predictions([mark.id])
+        elif mark.kind == "feedback":
+            if mark.label is not None:
+                self.remember([FeedbackItem(mark.id, "label", mark.label)])
+            if mark.click is not None:
+                self.remember([FeedbackItem(mark.id, "click", mark.click)])

@@ -10,7 +10,7 @@ import hmac
 import ipaddress
 
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -40,6 +40,9 @@ class Request:
     headers: Headers  # names in lower case
     receive: Receive
     started: float  # seconds of time.perf_counter at the first byte
+    parts: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of the path, by the names in its template
 
 # %% ../../nbs/serving/06_http.ipynb #c09a1aa5
 @dataclass(frozen=True)

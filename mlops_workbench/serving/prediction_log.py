@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,11 +19,11 @@ from typing import Any
 
 from ..core.clock import now, timestamp
 from ..core.errors import ServingError, WorkbenchError
-from ..core.journal import JournalWriter, read_journal
+from ..core.journal import JournalWriter
 
 # %% auto #0
 __all__ = ['logger', 'segment_name', 'PredictionLogError', 'PredictionLog', 'is_open', 'ends_whole', 'Recovery',
-           'recover_segments', 'recent_records', 'file_bytes']
+           'recover_segments']
 
 # %% ../../nbs/serving/02_prediction_log.ipynb #e882a1be
 def segment_name(moment: datetime, process: int, number: int) -> str:
@@ -54,6 +54,7 @@ class PredictionLog:
         self.failures = 0  # records that could not be written
         self.records = 0
         self.last_failure = ""  # "" while the last write went well
+        self.opened: set[str] = set()  # names of the segments that were written here
         self._lock = threading.Lock()
         self._writer: JournalWriter | None = None
         self._segments = 0
@@ -101,6 +102,7 @@ class PredictionLog:
         self._segments += 1
         self._hour = hour
         path = self.folder / segment_name(now(), os.getpid(), self._segments)
+        self.opened.add(path.name)
         self._writer = JournalWriter(path, sync_interval_ms=self.sync_interval_ms)
         return self._writer
 
@@ -174,30 +176,3 @@ def recover_segments(predictions: Path) -> Recovery:
         except FileNotFoundError:
             continue  # compacted away meanwhile
     return Recovery(orphans, tuple(repaired))
-
-# %% ../../nbs/serving/02_prediction_log.ipynb #b7b457e6
-def recent_records(
-    predictions: Path,
-    maximum_bytes: int,  # look back over at most this much, but at least over the newest segment
-) -> Iterator[dict[str, Any]]:
-    """Records of the newest segments, in the order in which they were written."""
-    chosen: list[Path] = []
-    size = 0
-    for segment in sorted((predictions / "segments").glob("*.log"), reverse=True):
-        size += file_bytes(segment)
-        if chosen and size > maximum_bytes:
-            break
-        chosen.append(segment)
-    for segment in reversed(chosen):
-        offset = 0
-        while (page := read_journal(segment, offset, maximum_bytes=1 << 18)).next_offset > offset:
-            yield from page.records
-            offset = page.next_offset
-
-# %% ../../nbs/serving/02_prediction_log.ipynb #cc781228
-def file_bytes(path: Path) -> int:
-    """The size of a file; 0 when it was removed meanwhile."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0

@@ -125,6 +125,7 @@ class Question(msgspec.Struct, frozen=True):
 
     rows: list[dict[str, Any]]
     ids: list[str]
+    route: str = "/predict"  # that it came by
 
 # %% ../../nbs/serving/05_requests.ipynb #33947e09
 def decode_predict(body: bytes, maximum_rows: int) -> Question:

@@ -5,9 +5,11 @@
 # %% ../../nbs/serving/07_service.ipynb #a8fabaa0
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
+import threading
 import time
 
 from collections.abc import Mapping, Sequence
@@ -23,17 +25,21 @@ from ..core.settings import ServingSettings
 from .feedback import FeedbackBook, FeedbackCounts, FeedbackItem
 from .metrics import ServerMetrics
 from .models import LoadedModel
-from .prediction_log import PredictionLog, recent_records, recover_segments
+from .prediction_log import PredictionLog, recover_segments
+from .recollection import Recollection
 from .requests import Question, RequestError
 from .shadow import ShadowCopy
+from .shared_metrics import SharedMetrics
 from .slots import CHAMPION, Arms, ModelSlots
+from .workers import WorkerPlace
 
 # %% auto #0
-__all__ = ['LOOK_BACK_BYTES', 'logger', 'Rows', 'Answered', 'FAILED_ARM', 'logged_rows', 'prediction_records', 'predict_reply',
-           'entity_keys', 'RequestNames', 'PredictionService']
+__all__ = ['LOOK_BACK_BYTES', 'PUBLISH_SECONDS', 'logger', 'Rows', 'Answered', 'FAILED_ARM', 'logged_rows', 'prediction_records',
+           'predict_reply', 'entity_keys', 'RequestNames', 'PredictionService']
 
-# %% ../../nbs/serving/07_service.ipynb #a688e98a
-LOOK_BACK_BYTES = 32 * 1024 * 1024  # of the log, read at start to know recent requests
+# %% ../../nbs/serving/07_service.ipynb #c7fcd649
+LOOK_BACK_BYTES = 32 * 1024 * 1024  # of the log, read at once to know recent requests
+PUBLISH_SECONDS = 1.0  # between two writings of a worker's figures
 
 logger = logging.getLogger(__name__)
 
@@ -136,10 +142,18 @@ FAILED_ARM = 500  # status of the record when a slot failed and the champion ans
 
 
 class PredictionService:
-    """Answers, remembers and records; `predict` may run in several threads, the rest in one."""
+    """Answers, remembers and records; `answer` may run in several threads, the rest in one."""
 
-    def __init__(self, *, pointer_path: Path, predictions: Path, settings: ServingSettings) -> None:
+    def __init__(
+        self,
+        *,
+        pointer_path: Path,
+        predictions: Path,
+        settings: ServingSettings,
+        place: WorkerPlace | None = None,  # among several workers; None alone
+    ) -> None:
         self.predictions = predictions
+        self.place = place
         self.shadow = ShadowCopy(predictions, settings)
         self.slots = ModelSlots(pointer_path, shadow=self.shadow.follow)
         self.log = PredictionLog(
@@ -151,17 +165,43 @@ class PredictionService:
         self.metrics = ServerMetrics(self.slots, self.log)
         self.names = RequestNames()
         self.draining = False
+        self._recollection = Recollection(
+            predictions, self.book, lambda: self.log.opened, LOOK_BACK_BYTES
+        )
+        self._shared = (
+            None if place is None else SharedMetrics(self.metrics, place.folder, place.number)
+        )
+        self._stopped = threading.Event()
+        self._recovered = False
 
-    def recall(self) -> None:
-        """Repair and read what earlier servers left in the log; takes a second for a full look back."""
-        for name in recover_segments(self.predictions).repaired:
-            logger.warning("cut a half-written line at the end of %s", name)
-        for record in recent_records(self.predictions, LOOK_BACK_BYTES):
-            self.book.replay(record)
+    def start(self) -> None:
+        """Follow the pointer, and show the other workers this one's figures."""
+        self.slots.start()
+        if self._shared is not None:
+            threading.Thread(target=self._publish, name="figures", daemon=True).start()
+
+    def _publish(self) -> None:
+        while self._shared is not None and not self._stopped.is_set():
+            with contextlib.suppress(OSError):  # a full disk is the log's to report
+                self._shared.publish()
+            self._stopped.wait(PUBLISH_SECONDS)
+
+    def recall(self) -> int:
+        """Know what earlier servers left in the log, and what other workers wrote since the last call."""
+        if not self._recovered:
+            self._recovered = True
+            for name in recover_segments(self.predictions).repaired:
+                logger.warning("cut a half-written line at the end of %s", name)
+        return self._recollection.catch_up()
+
+    def figures(self) -> bytes:
+        """The figures for Prometheus, of all workers."""
+        return self.metrics.text() if self._shared is None else self._shared.text()
 
     def close(self) -> None:
         """Stop following the pointer and close the log."""
         self.draining = True
+        self._stopped.set()
         self.slots.stop()
         self.shadow.close()
         self.log.close()
@@ -179,8 +219,8 @@ class PredictionService:
         """The release that serves; RequestError 503 before there is one."""
         return self.arms().champion
 
-    def predict(self, arms: Arms, question: Question, started: float) -> bytes:
-        """Predict, write to the log, and only then give the reply in JSON.
+    def answer(self, arms: Arms, question: Question, started: float) -> list[dict[str, Any]]:
+        """Predict, write to the log, and only then give the records, of which every protocol makes its reply.
 
         Every entity is answered by its own slot; where another slot than the champion fails, the champion answers.
         `started` is time.perf_counter at the request's first byte. FeatureError names a field and row that do not fit,
@@ -193,7 +233,7 @@ class PredictionService:
         begun = time.thread_time()  # what the model takes, whoever else wants the processor
         for slot, places in groups.items():
             rows = question.rows if len(groups) == 1 else [question.rows[place] for place in places]
-            answers.append((*self._answer(arms, slot, rows), places))
+            answers.append((*self._answer(arms, slot, rows, question.route), places))
         took_ms = round((time.thread_time() - begun) * 1000, 3)
         latency_ms = round((time.perf_counter() - started) * 1000, 3)
         records: list[dict[str, Any]] = [{}] * len(ids)
@@ -208,10 +248,14 @@ class PredictionService:
         for slot, _, _, places in answers:
             self.metrics.predictions(slot, arms.models[slot].digest, len(places))
         self.shadow.offer(request, ids, question.rows, took_ms)
-        return predict_reply(arms.models, records)
+        return records
+
+    def predict(self, arms: Arms, question: Question, started: float) -> bytes:
+        """The reply to a question in JSON, see `answer`."""
+        return predict_reply(arms.models, self.answer(arms, question, started))
 
     def _answer(
-        self, arms: Arms, slot: str, rows: list[dict[str, Any]]
+        self, arms: Arms, slot: str, rows: list[dict[str, Any]], route: str
     ) -> tuple[str, Rows, list[list[float]]]:
         """The slot that answered, its rows for the log and its probabilities."""
         model = arms.models[slot]
@@ -222,10 +266,10 @@ class PredictionService:
             if slot == CHAMPION:
                 raise
             answered = self._answer(
-                arms, CHAMPION, rows
+                arms, CHAMPION, rows, route
             )  # raises where the question itself is at fault
             self.record_error(
-                "/predict", FAILED_ARM, f"{model.manifest.name} in slot {slot}: {error}",
+                route, FAILED_ARM, f"{model.manifest.name} in slot {slot}: {error}",
                 release=model.digest, slot=slot, rows=len(rows),
             )  # fmt: skip
             self.metrics.failed_arm(slot, model.digest, len(rows))
