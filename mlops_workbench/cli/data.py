@@ -26,6 +26,7 @@ from mlops_workbench.cli.data_support import (
     waiting,
 )
 from mlops_workbench.cli.options import (
+    cell_text,
     json_option,
     print_json,
     print_record,
@@ -256,13 +257,23 @@ def show_diff(before: str, after: str, rows: int, workspace: Path | None, as_jso
         table = [
             {
                 name: class_name(cell, classes) if name in named else cell
-                for name, cell in row.items()
+                for name, cell in _told_apart(row).items()
             }
             for row in found
         ]
         if table:
             click.echo(f"\n{kind}, the first {len(table)}:")
             print_table(table, False)
+
+# %% ../../nbs/cli/09_data.ipynb #86c45e5b
+def _told_apart(row: dict[str, Any]) -> dict[str, Any]:
+    """A changed cell with both values in as many digits as show the change; another row as it is."""
+    from mlops_workbench.core.digits import told_apart
+
+    if set(row) != {"key", "column", "before", "after"}:
+        return row
+    before, after = told_apart(row["before"], row["after"], cell_text)
+    return {**row, "before": before, "after": after}
 
 # %% ../../nbs/cli/09_data.ipynb #56e53748
 def _diff_rows(difference: DataDiff, limit: int) -> dict[str, list[dict[str, Any]]]:
