@@ -1,6 +1,7 @@
 """From a delivered file to a version, by the commands: good rows come in, bad ones wait, bad files stay outside."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from mlops_workbench.cli.main import main
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.data.quarantine import quarantined
 from mlops_workbench.data.versions import DataStore
+from mlops_workbench.pages.data_views import diff_tables
+from mlops_workbench.pages.difference import difference_html
 from mlops_workbench.pipeline.data_line import default_versions
 from mlops_workbench.pipeline.evaluate import forced_rows
 from mlops_workbench.pipeline.reuse import named_version
@@ -214,3 +217,52 @@ def test_a_drop_that_leaves_only_good_rows_is_no_longer_forced(
     version = store.resolve("own")
     assert (version.rows, version.parent, version.forced) == (2600, "own@v1.0", False)
     assert forced_rows(store, "own") == 0
+
+
+def test_a_changed_number_is_shown_in_digits_that_tell_the_change(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = good(2000).assign(price=23004.25)
+    assert snapshot(store, frame, "--force") == 0
+    frame.loc[5, "price"] = 23004.5
+    frame.loc[6, "price"] += 1e-9
+    assert snapshot(store, frame, "--force") == 0
+    capsys.readouterr()
+    assert main(["data", "diff", "own@v1.1", "own@v1.2", "-w", str(store.root)]) == 0
+    said = capsys.readouterr().out
+    assert "23,004.2  23,004.5" in re.sub(" {2,}", "  ", said)
+    assert "23,004.250000001" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "offered"), [("fast", False), ("9999", True)], ids=["no number", "absurd number"]
+)
+def test_force_is_offered_where_it_helps(
+    store: DataStore, capsys: pytest.CaptureFixture[str], text: str, offered: bool
+) -> None:
+    frame = good(100, first=2000).astype({"temperature": object})
+    frame.loc[:60, "temperature"] = text
+    assert snapshot(store, frame, "--append") == 4
+    assert ("--force" in capsys.readouterr().err) == offered
+    assert (snapshot(store, frame, "--append", "--force") == 0) == offered
+
+
+def test_the_page_and_the_command_say_the_same_of_a_batch(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = good(300, first=2000)
+    frame["temperature"] *= 100
+    capsys.readouterr()
+    assert snapshot(store, frame, "--append", "--force") == 0
+    said = capsys.readouterr().out
+    tables = diff_tables(store, store.resolve("own@v1.0"), store.resolve("own@v1.1"))
+    words = {row[0]: row[5] for row in tables["columns"][1]}
+    assert words["temperature"].startswith("peak moved right by")
+    assert f"temperature: {words['temperature']}; effect" in said
+    shown = difference_html(
+        {
+            name: [dict(zip(head, row, strict=True)) for row in rows]
+            for name, (head, rows) in tables.items()
+        }
+    )
+    assert "300 rows new or changed in own@v1.1" in shown

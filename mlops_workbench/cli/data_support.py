@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import print_json
-from ..core.errors import UsageError
+from ..core.errors import DataError, UsageError
 from ..core.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -95,6 +95,17 @@ def version_columns(
             )
     return known
 
+# %% ../../nbs/cli/26_data_support.ipynb #fdea25de
+def _is_storable(rows: pd.DataFrame, key: str, label: str, order: Sequence[str]) -> bool:
+    """Whether the rows can be a version at all, whatever they say: one type a column, each key once."""
+    from mlops_workbench.data.records import prepare_rows
+
+    try:
+        prepare_rows("rows", rows, key=key, label=label, order=order)
+    except DataError:
+        return False
+    return True
+
 # %% ../../nbs/cli/26_data_support.ipynb #ee26b34e
 def take_rows(
     store: DataStore,
@@ -156,7 +167,7 @@ def take_rows(
         )
         if intake.version is None:
             assert report is not None, "only a report refuses"
-            raise refuse(name, report)
+            raise refuse(name, report, _is_storable(delivery.table, key, label, order))
         said = f"{intake.rows} rows {intake.verdict}{f': {message}' if message else ''}"
         reason = "the same rows again" if intake.version.unchanged else said
         set_default_data(store.workspace, intake.version.ref, reason=reason, **by)

@@ -27,7 +27,7 @@ from mlops_workbench.data.columns import (
 )
 from .consistency import check_consistency
 from .distribution import DistributionReport, compare_distributions
-from .findings import EXAMPLES, Problem, row_problem
+from .findings import EXAMPLES, Problem, row_problem, rows_in_words
 
 if TYPE_CHECKING:
     import pandera.pandas as pandera
@@ -108,14 +108,19 @@ class BatchRefusedError(DataRefusedError):
         super().__init__(text)
         self.report = report
 
-# %% ../../nbs/data/08_validation.ipynb #66b1a206
-def refuse(name: str, report: ValidationReport) -> BatchRefusedError:
-    """The error for a refused batch, with its findings in words."""
+# %% ../../nbs/data/08_validation.ipynb #1b27787c
+def refuse(
+    name: str,
+    report: ValidationReport,
+    forceable: bool = True,  # False: not even force could store the rows
+) -> BatchRefusedError:
+    """The error for a refused batch, with its findings in words and what can be done."""
     lines = [problem.line() for problem in report.refused]
     more = f" (and {len(lines) - 5} more findings)" if len(lines) > 5 else ""
+    advice = "correct the rows" + (", or take them with --force" if forceable else "")
     return BatchRefusedError(
-        f"expected {report.rows:,} good rows for {name!r}, found: {'; '.join(lines[:5])}{more}; "
-        "no version was made: correct the rows, or take them with --force",
+        f"expected {rows_in_words(report.rows)} of {name!r} that pass the checks, found: "
+        f"{'; '.join(lines[:5])}{more}; no version was made: {advice}",
         report,
     )
 
