@@ -55,7 +55,14 @@ def data() -> None:
     Example: mwb data diff flights@v1.0 flights@v1.1
     """
 
-# %% ../../nbs/cli/09_data.ipynb #2f80b13d
+# %% ../../nbs/cli/09_data.ipynb #6c938237
+def _one_file(file: Path | None, source: Path | None) -> Path | None:
+    """The file that was named behind NAME or with --from; UsageError when both were."""
+    if file is not None and source is not None:
+        raise UsageError(f"expected one file, found {file} and --from {source}; leave one out")
+    return file or source
+
+
 def _snapshot_rows(store: DataStore, name: str, file: Path | None, selection: str) -> pd.DataFrame:
     """The rows of a file, or of the recipe's source; raises UsageError when neither can give them."""
     from mlops_workbench.data.sources import read_table
@@ -68,17 +75,19 @@ def _snapshot_rows(store: DataStore, name: str, file: Path | None, selection: st
         rows = read_table(str(file), file)
         return delivered_rows(recipe, rows) if name == recipe.dataset else rows
     if name != recipe.dataset:
+        meant = f"; did you mean --from {name}?" if Path(name).is_file() else ""
         raise UsageError(
             f"expected --from FILE for the data set {name!r}, found none; only {recipe.dataset!r} "
-            "comes from the recipe of this workspace"
+            f"comes from the recipe of this workspace{meant}"
         )
     return recipe.source(selection or "all")
 
 # %% ../../nbs/cli/09_data.ipynb #e4355df5
 @data.command("snapshot")
 @click.argument("name", required=False, default="")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option("-m", "--message", default="", help="Why this version is made.")
-@click.option("--from", "file", type=click.Path(path_type=Path), help="A CSV or Parquet file.")
+@click.option("--from", "source", type=click.Path(path_type=Path), help="A CSV or Parquet file.")
 @click.option("--selection", default="", help="Which rows of the recipe's source.", metavar="TEXT")
 @click.option(
     "--append", is_flag=True, help="Add the rows to the default version; known keys are replaced."
@@ -95,8 +104,9 @@ def _snapshot_rows(store: DataStore, name: str, file: Path | None, selection: st
 @json_option
 def snapshot(
     name: str,
-    message: str,
     file: Path | None,
+    message: str,
+    source: Path | None,
     selection: str,
     append: bool,
     key: str,
@@ -108,7 +118,7 @@ def snapshot(
     workspace: Path | None,
     as_json: bool,
 ) -> None:
-    """Store a table as the next version of NAME (default: the recipe's data set), the default from now on.
+    """Store FILE, or the recipe's rows, as the next version of NAME (default: the recipe's); the default from now on.
 
     New and changed rows are checked first: single bad ones wait in quarantine (`mwb data review`), and a batch that
     is bad as a whole is refused, with exit code 4. Both stay on record.
@@ -120,7 +130,7 @@ def snapshot(
     store = open_store(workspace)
     with waiting("reading, checking and storing the rows"):
         name = name or _recipe_dataset(store)
-        rows = _snapshot_rows(store, name, file, selection)
+        rows = _snapshot_rows(store, name, _one_file(file, source), selection)
         about = version_columns(store, name, list(rows.columns), key, label)
         about |= {"append": append, "order": order, "batch": batch, "message": message}
         try:
