@@ -266,3 +266,57 @@ def test_the_page_and_the_command_say_the_same_of_a_batch(
         }
     )
     assert "300 rows new or changed in own@v1.1" in shown
+
+
+def test_rows_that_hold_the_same_are_one_decision_in_the_data_set_where_they_wait(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = good(100, first=2000).round(3)
+    assert snapshot(store, pd.concat([frame, frame[3:4], frame[3:4]]), "--append") == 0
+    capsys.readouterr()
+    here = ["-w", str(store.root)]
+    assert main(["data", "review", *here]) == 0  # the recipe's data set is another one
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:4] == ["data", "set", "key", "copies"] and len(lines) == 3
+    assert lines[2].startswith("own") and f"temperature {frame['temperature'][3]:.4g}" in lines[2]
+    assert main(["data", "review", "--accept", frame["id"][3], *here]) == 0
+    said = capsys.readouterr().out
+    assert "3 rows accepted" in said and "0 still waiting" in said
+    assert store.load("own")["id"].tolist().count(frame["id"][3]) == 1
+    changed = frame[3:4].assign(temperature=frame["temperature"][3] + 1)
+    assert snapshot(store, pd.concat([good(100, first=2100), changed, changed]), "--append") == 0
+    assert main(["data", "review", "own", "--accept-all", *here]) == 0
+    assert "in place of 1 row of the same key" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["checkout", "own@v1.0", "{file}/x"], "expected a place that can be written"),
+        (["push", "own@v1.0", "--to", "{file}/x"], "expected a folder that can be written"),
+        (["import", "other", "absent"], "found none at"),
+        (["snapshot", "{file}"], "did you mean --from"),
+        (["snapshot", "own", "{file}", "--from", "{file}"], "expected one file"),
+    ],
+)
+def test_a_place_that_cannot_be_used_is_one_clear_line(
+    store: DataStore,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    told: str,
+) -> None:
+    monkeypatch.chdir(store.root)
+    file = store.root.parent / "delivered.csv"
+    capsys.readouterr()
+    assert main(["data", *(word.format(file=file) for word in words)]) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1 and "dvc get" not in said
+
+
+def test_an_empty_file_is_called_empty(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert snapshot(store, "", "--append") == 1
+    said = capsys.readouterr().err
+    assert "found an empty file" in said and "damaged" not in said
