@@ -320,3 +320,19 @@ def test_an_empty_file_is_called_empty(
     assert snapshot(store, "", "--append") == 1
     said = capsys.readouterr().err
     assert "found an empty file" in said and "damaged" not in said
+
+
+def test_a_version_needs_its_number_alone_where_the_data_set_is_clear(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = ["-w", str(store.root)]
+    assert snapshot(store, good(2100)) == 0
+    assert main(["data", "tag", "own@v1.0", "golden", *here]) == 0
+    capsys.readouterr()
+    for sides in (["golden", "v1.1"], ["own@v1.0", "v1.1"], ["v1.0", "own"]):
+        assert main(["data", "diff", *sides, *here]) == 0
+        assert "own@v1.0 -> own@v1.1: 100 added" in capsys.readouterr().out
+    store.snapshot("more", good(10), key="id", label="late")
+    assert main(["data", "diff", "golden", "own@v1.1", *here]) == 0
+    assert main(["data", "diff", "golden", "v1.1", *here]) == 1
+    assert "did you mean own@golden" in capsys.readouterr().err

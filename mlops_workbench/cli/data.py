@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,31 +237,24 @@ def show_version(ref: str, workspace: Path | None, as_json: bool) -> None:
 def show_diff(before: str, after: str, rows: int, workspace: Path | None, as_json: bool) -> None:
     """Show what changed from one version to another: rows, columns, labels.
 
-    Example: mwb data diff flights@v1.0 flights@v1.1 --rows 20
+    A second version of the same data set needs no more than its number or name.
+
+    Example: mwb data diff flights@v1.0 v1.1 --rows 20
     """
+    from mlops_workbench.data.names import whole_ref
     from mlops_workbench.recipes.protocol import class_name, known_classes
 
     store = open_store(workspace)
-    sides = store.resolve(before), store.resolve(after)
+    refs = whole_ref(store.workspace, before, after), whole_ref(store.workspace, after, before)
+    sides = store.resolve(refs[0]), store.resolve(refs[1])
     with waiting("comparing"):
         difference = store.diff(*sides)
     if as_json:
         print_json({**difference.summary(), "rows": _diff_rows(difference, rows)})
         return
-    counts = ", ".join(f"{count:,} {kind}" for kind, count in difference.counts.items())
-    click.echo(f"{difference.before} -> {difference.after}: {counts}")
-    for column, count in difference.by_column.items():
-        click.echo(f"  {column}: {count:,} rows changed")
     classes = known_classes(store.workspace, sides[1].name)
-    for (old, new), count in difference.flows.items():
-        click.echo(
-            f"  label {class_name(old, classes)} -> {class_name(new, classes)}: {count:,} rows"
-        )
-    for kind, names in (("new", difference.columns_added), ("gone", difference.columns_removed)):
-        for name in names:
-            click.echo(f"  column {name!r}: {kind}")
-    for name, was, became in difference.retyped:
-        click.echo(f"  column {name!r}: type {was} -> {became}")
+    for line in _diff_lines(difference, classes):
+        click.echo(line)
     named = {sides[1].label, "from", "to"}
     for kind, found in _diff_rows(difference, rows).items():
         table = [
@@ -274,6 +267,25 @@ def show_diff(before: str, after: str, rows: int, workspace: Path | None, as_jso
         if table:
             click.echo(f"\n{kind}, the first {len(table)}:")
             print_table(table, False)
+
+# %% ../../nbs/cli/09_data.ipynb #dfef3bb6
+def _diff_lines(difference: DataDiff, classes: Sequence[str]) -> Iterator[str]:
+    """What changed, counted: rows of each kind, columns, labels, types."""
+    from mlops_workbench.data.findings import rows_in_words
+    from mlops_workbench.recipes.protocol import class_name
+
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in difference.counts.items())
+    yield f"{difference.before} -> {difference.after}: {counts}"
+    for column, count in difference.by_column.items():
+        yield f"  {column}: {rows_in_words(count)} changed"
+    for (old, new), count in difference.flows.items():
+        flow = f"{class_name(old, classes)} -> {class_name(new, classes)}"
+        yield f"  label {flow}: {rows_in_words(count)}"
+    for kind, names in (("new", difference.columns_added), ("gone", difference.columns_removed)):
+        for name in names:
+            yield f"  column {name!r}: {kind}"
+    for name, was, became in difference.retyped:
+        yield f"  column {name!r}: type {was} -> {became}"
 
 # %% ../../nbs/cli/09_data.ipynb #86c45e5b
 def _told_apart(row: dict[str, Any]) -> dict[str, Any]:

@@ -109,16 +109,24 @@ def rollback(ref: str, reason: str, workspace: Path | None, as_json: bool) -> No
 @click.command("tag")
 @click.argument("ref")
 @click.argument("label", required=False)
+@click.option("--remove", is_flag=True, help="Take the name away; the version stays.")
 @workspace_option
 @json_option
-def tag(ref: str, label: str | None, workspace: Path | None, as_json: bool) -> None:
+def tag(ref: str, label: str | None, remove: bool, workspace: Path | None, as_json: bool) -> None:
     """Give the version REF a name of yours, such as golden; without LABEL, list the names it has.
+
+    Both what is given and what is taken away stand in the audit.
 
     Example: mwb data tag flights@v1.2 golden
     """
-    from mlops_workbench.data.names import name_version, named_versions
+    from mlops_workbench.data.names import name_version, named_versions, remove_name
 
     store = open_store(workspace)
+    if remove:
+        gone = remove_name(store, ref, label or "")
+        said = f"{gone.name} is no longer a name of {gone.ref}"
+        print_record(vars(gone), as_json) if as_json else click.echo(said)
+        return
     if label is None:
         found = named_versions(store.root, [store.resolve(ref)])
         print_table(
