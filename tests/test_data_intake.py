@@ -336,3 +336,19 @@ def test_a_version_needs_its_number_alone_where_the_data_set_is_clear(
     assert main(["data", "diff", "golden", "own@v1.1", *here]) == 0
     assert main(["data", "diff", "golden", "v1.1", *here]) == 1
     assert "did you mean own@golden" in capsys.readouterr().err
+
+
+def test_one_row_is_called_one_row(
+    store: DataStore, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    capsys.readouterr()
+    assert snapshot(store, good(2001)) == 0
+    here = ["-w", str(store.root)]
+    assert main(["data", "push", "own@v1.1", "--to", str(tmp_path / "remote"), *here]) == 0
+    frame = good(2001)
+    frame.loc[7, "carrier"] = "DL" if frame["carrier"][7] != "DL" else "UA"
+    assert snapshot(store, frame) == 0
+    assert main(["data", "diff", "own@v1.1", "own@v1.2", *here]) == 0
+    said = capsys.readouterr().out
+    assert "1 version to" in said and "carrier: 1 row changed" in said
+    assert not re.search(r"\b1 (rows|versions|objects|files)\b", said), said

@@ -33,6 +33,7 @@ from mlops_workbench.cli.options import (
     print_table,
     workspace_option,
 )
+from ..core.digits import counted
 from ..core.errors import UsageError, WorkbenchError
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def snapshot(
                 print_json(error.report.summary())
             raise
     files = intake.version.files if intake.version is not None else 0
-    tell_intake(intake, name, f"in {files} files", as_json)
+    tell_intake(intake, name, f"in {counted(files, 'file')}", as_json)
 
 # %% ../../nbs/cli/09_data.ipynb #54d48da1
 def _recipe_dataset(store: DataStore) -> str:
@@ -271,16 +272,15 @@ def show_diff(before: str, after: str, rows: int, workspace: Path | None, as_jso
 # %% ../../nbs/cli/09_data.ipynb #dfef3bb6
 def _diff_lines(difference: DataDiff, classes: Sequence[str]) -> Iterator[str]:
     """What changed, counted: rows of each kind, columns, labels, types."""
-    from mlops_workbench.data.findings import rows_in_words
     from mlops_workbench.recipes.protocol import class_name
 
     counts = ", ".join(f"{count:,} {kind}" for kind, count in difference.counts.items())
     yield f"{difference.before} -> {difference.after}: {counts}"
     for column, count in difference.by_column.items():
-        yield f"  {column}: {rows_in_words(count)} changed"
+        yield f"  {column}: {counted(count, 'row')} changed"
     for (old, new), count in difference.flows.items():
         flow = f"{class_name(old, classes)} -> {class_name(new, classes)}"
-        yield f"  label {flow}: {rows_in_words(count)}"
+        yield f"  label {flow}: {counted(count, 'row')}"
     for kind, names in (("new", difference.columns_added), ("gone", difference.columns_removed)):
         for name in names:
             yield f"  column {name!r}: {kind}"

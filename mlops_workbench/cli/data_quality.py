@@ -20,6 +20,7 @@ from mlops_workbench.cli.options import (
     print_table,
     workspace_option,
 )
+from ..core.digits import counted
 from ..core.errors import DataRefusedError, UsageError
 from ..core.workspace import Workspace
 
@@ -62,7 +63,9 @@ def infer_schema(
         {"column": p.column, "rule": p.rule, "rows": p.count, "keys": list(p.examples)}
         for p in found
     ]
-    print_table(rows, as_json, empty=f"{len(frame):,} rows keep every rule of {version.ref}")
+    print_table(
+        rows, as_json, empty=f"every rule of {version.ref} holds in {counted(len(frame), 'row')}"
+    )
     if found:
         raise DataRefusedError(
             f"expected rows as in {version.ref}, found {len(found)} broken rules in {file}; correct the rows, or "
@@ -104,7 +107,6 @@ def review(
     """
     from getpass import getuser
 
-    from mlops_workbench.data.findings import rows_in_words
     from mlops_workbench.data.quarantine import review_list, review_rows, waiting_names
     from mlops_workbench.data.versions import DataStore
 
@@ -123,7 +125,7 @@ def review(
         return
     made = f"; {done.version} is the new default: {done.note}" if done.version else ""
     click.echo(
-        f"{rows_in_words(len(done.accepted))} accepted{made}; {len(done.rejected):,} rejected; "
+        f"{counted(len(done.accepted), 'row')} accepted{made}; {len(done.rejected):,} rejected; "
         f"{done.waiting:,} still waiting (decision {done.decision})"
     )
 

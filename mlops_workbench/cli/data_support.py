@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import print_json
+from ..core.digits import counted
 from ..core.errors import DataError, UsageError
 from ..core.workspace import Workspace
 
@@ -168,7 +169,7 @@ def take_rows(
         if intake.version is None:
             assert report is not None, "only a report refuses"
             raise refuse(name, report, _is_storable(delivery.table, key, label, order))
-        said = f"{intake.rows} rows {intake.verdict}{f': {message}' if message else ''}"
+        said = f"{counted(intake.rows, 'row')} {intake.verdict}{f': {message}' if message else ''}"
         reason = "the same rows again" if intake.version.unchanged else said
         set_default_data(store.workspace, intake.version.ref, reason=reason, **by)
         return intake
@@ -176,8 +177,6 @@ def take_rows(
 # %% ../../nbs/cli/26_data_support.ipynb #5bdf5603
 def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any) -> None:
     """Print what became of a delivery; `what` stands behind the number of rows."""
-    from mlops_workbench.data.findings import rows_in_words
-
     version = intake.version
     assert version is not None, "a refusal is an error"
     if as_json:
@@ -186,10 +185,10 @@ def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any
         print_json({**version.summary(), **about, **waiting, **more})
         return
     verdict = "unchanged" if version.unchanged else "forced" if version.forced else "stored"
-    click.echo(f"{version.ref}  {verdict}  {version.rows:,} rows {what}")
+    click.echo(f"{version.ref}  {verdict}  {counted(version.rows, 'row')} {what}")
     for problem in [] if intake.report is None or version.unchanged else intake.report.problems:
         click.echo(f"  {problem.severity}: {problem.column}: {problem.text}")
     if intake.quarantine is not None:
         click.echo(
-            f"{rows_in_words(intake.held)} held back in {intake.quarantine.ref}: see them with `mwb data review {name}`"
+            f"{counted(intake.held, 'row')} held back in {intake.quarantine.ref}: see them with `mwb data review {name}`"
         )

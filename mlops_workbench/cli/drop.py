@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from .options import json_option, print_json, workspace_option
+from ..core.digits import counted
 from ..core.workspace import Workspace
 
 # %% auto #0
@@ -67,5 +68,5 @@ def drop(
         print_json(record)
     else:
         click.echo(
-            f"{version.ref}  stored  {version.rows:,} rows; to learn from it: mwb run train evaluate deploy -p data_version={version.ref}"
+            f"{version.ref}  stored  {counted(version.rows, 'row')}; to learn from it: mwb run train evaluate deploy -p data_version={version.ref}"
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from ..core.digits import counted
 from ..core.errors import DataError, DataRefusedError, shorten
 from ..core.settings import DataSettings, Settings
 from mlops_workbench.data.columns import (
@@ -95,7 +96,7 @@ def report_html(report: ValidationReport) -> str:
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in report.notes)
     ranked = report.suspicious.head(10).to_html(index=False) if len(report.suspicious) else ""
     held = f", {len(report.held):,} of them held back" if report.held else ""
-    title = f"<h4>{report.verdict}: {report.rows:,} rows{held}</h4>"
+    title = f"<h4>{report.verdict}: {rows_in_words(report.rows)}{held}</h4>"
     told = html.escape(report.labels.report.text()) if report.labels is not None else ""
     title += f"<p>{told}</p>" if told else ""
     return title + (f"<table><tr>{head}</tr>{rows}</table>" if rows else "") + notes + ranked
@@ -237,7 +238,7 @@ def _sure_labels(
     keys = set(ranked["key"][ranked["wrong"] >= sure])
     if not keys:
         return []
-    text = f"{len(keys):,} labels are wrong with a probability of {sure:.0%} or more"
+    text = f"{counted(len(keys), 'label')} wrong with a probability of {sure:.0%} or more"
     rule = "labels that follow the other columns as those of the accepted rows do"
     return [row_problem(frame, frame[key].isin(keys), key=key, column=label, rule=rule, text=text)]
 
