@@ -230,6 +230,7 @@ def test_the_page_opens_on_the_data_set_of_the_recipe(workspace: Workspace) -> N
 
 
 def test_a_remedy_that_was_applied_is_no_longer_asked_for(workspace: Workspace) -> None:
+    assert reader.refresh_once(workspace) == 0
     assert "What to do" in data_page(workspace).diagnosis.value
     ledger, words = Ledger(workspace.ledger_url), "100 rows left out of digits@v1.3"
     with ledger.decision(
