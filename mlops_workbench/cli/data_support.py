@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import print_json
-from ..core.errors import UsageError
+from ..core.digits import counted
+from ..core.errors import DataError, UsageError
 from ..core.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -96,6 +97,17 @@ def version_columns(
             )
     return known
 
+# %% ../../nbs/cli/26_data_support.ipynb #fdea25de
+def _is_storable(rows: pd.DataFrame, key: str, label: str, order: Sequence[str]) -> bool:
+    """Whether the rows can be a version at all, whatever they say: one type a column, each key once."""
+    from mlops_workbench.data.records import prepare_rows
+
+    try:
+        prepare_rows("rows", rows, key=key, label=label, order=order)
+    except DataError:
+        return False
+    return True
+
 # %% ../../nbs/cli/26_data_support.ipynb #ee26b34e
 def take_rows(
     store: DataStore,
@@ -162,8 +174,8 @@ def take_rows(
         )
         if intake.version is None:
             assert report is not None, "only a report refuses"
-            raise refuse(name, report)
-        said = f"{intake.rows} rows {intake.verdict}{f': {message}' if message else ''}"
+            raise refuse(name, report, _is_storable(delivery.table, key, label, order))
+        said = f"{counted(intake.rows, 'row')} {intake.verdict}{f': {message}' if message else ''}"
         reason = "the same rows again" if intake.version.unchanged else said
         set_default_data(store.workspace, intake.version.ref, reason=reason, **by)
         return intake
@@ -183,8 +195,6 @@ def _expect_most_rows(base: DataVersion, delivery: Delivery, key: str) -> None:
 # %% ../../nbs/cli/26_data_support.ipynb #5bdf5603
 def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any) -> None:
     """Print what became of a delivery; `what` stands behind the number of rows."""
-    from mlops_workbench.data.findings import rows_in_words
-
     version = intake.version
     assert version is not None, "a refusal is an error"
     if as_json:
@@ -193,10 +203,10 @@ def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any
         print_json({**version.summary(), **about, **waiting, **more})
         return
     verdict = "unchanged" if version.unchanged else "forced" if version.forced else "stored"
-    click.echo(f"{version.ref}  {verdict}  {version.rows:,} rows {what}")
+    click.echo(f"{version.ref}  {verdict}  {counted(version.rows, 'row')} {what}")
     for problem in [] if intake.report is None or version.unchanged else intake.report.problems:
         click.echo(f"  {problem.severity}: {problem.column}: {problem.text}")
     if intake.quarantine is not None:
         click.echo(
-            f"{rows_in_words(intake.held)} held back in {intake.quarantine.ref}: see them with `mwb data review {name}`"
+            f"{counted(intake.held, 'row')} held back in {intake.quarantine.ref}: see them with `mwb data review {name}`"
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from .options import json_option, print_json, workspace_option
+from ..core.digits import counted
 from ..core.errors import UsageError
 from ..core.workspace import Workspace
 
@@ -54,7 +55,6 @@ def drop(
     """
     from mlops_workbench.cli.data_support import version_columns
     from mlops_workbench.data.drop import drop_rows, read_keys
-    from mlops_workbench.data.findings import rows_in_words
     from mlops_workbench.data.forced import forced_keys, forced_rows
     from mlops_workbench.data.versions import DataStore
     from mlops_workbench.release.deployment import set_default_data
@@ -86,11 +86,11 @@ def drop(
         print_json(record)
         return
     click.echo(
-        f"{version.ref}  stored  {version.rows:,} rows; to learn from it: mwb run train evaluate deploy -p data_version={version.ref}"
+        f"{version.ref}  stored  {counted(version.rows, 'row')}; to learn from it: mwb run train evaluate deploy -p data_version={version.ref}"
     )
     if left:
         click.echo(
-            f"warning: {rows_in_words(left)} of it had been forced in against the checks and stay marked, no gate lets a model "
+            f"warning: {counted(left, 'row')} of it had been forced in against the checks and stay marked, no gate lets a model "
             f"pass that learned from them; to leave them out too: mwb data drop {version.ref} --forced",
             err=True,
         )
