@@ -9,14 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 from fastapi.routing import APIRoute
 from rollout_support import decisions, release_pair, split
+from serving_support import ROW, serving
 
 from mlops_workbench.cli.main import main
-from mlops_workbench.core.access import ROLES, access_path, grant
+from mlops_workbench.core.access import ROLES
+from mlops_workbench.core.errors import GateRefusedError, IntegrityError
+from mlops_workbench.core.grants import access_path, grant, revoke
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
 from mlops_workbench.pipeline.control import OPEN_ROUTES, create_control, needed_role
+from mlops_workbench.release.approvals import approve_release
+from mlops_workbench.release.deployment import deploy
+from mlops_workbench.release.rollout_judge import Move, _seen_by_two
+from mlops_workbench.release.rollouts import start_rollout
 
 
 @contextmanager
@@ -181,3 +189,82 @@ def test_without_a_file_of_tokens_nobody_gets_in(tmp_path: Path) -> None:
         access_path(workspace).unlink()
     with control_plane(workspace) as address:
         assert httpx.get(f"{address}/api/me", headers=ann).status_code == 200
+
+
+def with_four_eyes(workspace: Workspace) -> Workspace:
+    """The workspace, opened again with the setting."""
+    place = workspace.root / "settings.ini"
+    place.write_text(place.read_text().replace("four_eyes = no ", "four_eyes = yes "))
+    return Workspace.open(workspace.root)
+
+
+def test_four_eyes_are_two_persons_and_the_same_files(tmp_path: Path) -> None:
+    """Neither who asks nor a second token of theirs; an artefact swapped after the approval is refused."""
+    workspace, _, new = release_pair(tmp_path / "w")
+    workspace = with_four_eyes(workspace)
+    with pytest.raises(GateRefusedError, match="found none; nothing was promoted"):
+        deploy(workspace, new, actor="ann")
+    approve_release(workspace, new, actor="ann (token 00000001)", reason="mine")
+    with pytest.raises(GateRefusedError, match="only the approval of ann"):
+        deploy(workspace, new, actor="ann (token 00000002)")
+    approve_release(workspace, new, actor="bob", reason="looked at the slices")
+    ledger = Ledger(workspace.ledger_url)
+    model = Path(ledger.release(new).path) / "model.onnx"
+    content = model.read_bytes()
+    model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(IntegrityError):
+        deploy(workspace, new, actor="ann")
+    assert split(workspace) == {"champion": 1.0}
+    model.write_bytes(content)
+    later = {"passed": True, "reason": "measured again", "results": []}
+    with ledger.decision(
+        "gate", actor="x", subject=new, verdict="approved", reason="again", evidence=later
+    ):
+        pass
+    with pytest.raises(GateRefusedError, match="expected the approval of a second person"):
+        deploy(workspace, new, actor="ann")
+    approve_release(workspace, new, actor="bob", reason="looked at the new report")
+    assert deploy(workspace, new, actor="ann").name == new
+
+
+def test_the_loop_waits_for_a_person_and_calls_once(tmp_path: Path) -> None:
+    """A rollout that is better is promoted as soon as somebody has approved it, not before."""
+    workspace, _, new = release_pair(tmp_path / "w")
+    workspace = with_four_eyes(workspace)
+    ledger = Ledger(workspace.ledger_url)
+    release = ledger.release(new)
+    rollout = start_rollout(workspace, new, actor="loop", shares=(0.5,))
+    better = Move("promote", "better: accuracy +0.03")
+    for _ in range(2):
+        move = _seen_by_two(workspace, ledger, rollout, better, "controller 1")
+        assert move.kind == "wait" and f"mwb release approve {new}" in move.reason
+    asked = [m for m in ledger.messages() if "second person" in m.title]
+    assert len(asked) == 1
+    approve_release(workspace, new, actor="ann", reason="fine")
+    assert _seen_by_two(workspace, ledger, rollout, better, "controller 1") == better
+    assert ledger.release(release.digest).status == "approved"
+
+
+def test_the_data_plane_by_roles(tmp_path: Path) -> None:
+    """With `token = roles` every program has a token of its own, and a revoked one is refused at once."""
+    workspace, _, _ = release_pair(tmp_path / "w")
+    place = workspace.root / "settings.ini"
+    head, rest = place.read_text().split("[serving]\n", 1)
+    rest = rest.replace("token =      ", "token = roles", 1)
+    place.write_text(f"{head}[serving]\n{rest}")
+    workspace = Workspace.open(workspace.root)
+    assert workspace.settings.serving.token == "roles"
+    shop = grant(workspace, "shop", "caller", actor="test")
+    with serving(tmp_path, "--workspace", str(workspace.root)) as server:
+        server.wait_ready()
+        ask = server.client(shop)
+        assert ask.post("/predict", {"row": ROW}).status == 200
+        assert server.client().post("/predict", {"row": ROW}).status == 401
+        assert server.client("roles").post("/predict", {"row": ROW}).status == 401
+        revoke(workspace, shop.split("_")[1], actor="test", reason="left")
+        assert ask.post("/predict", {"row": ROW}).status == 401
+        seen = [server.client("x" * 40).post("/predict", {"row": ROW}).status for _ in range(12)]
+        assert seen[-1] == 429
+    with control_plane(workspace) as address:
+        status = httpx.get(f"{address}/api/status", headers=bearer(shop)).status_code
+        assert status == 401

@@ -26,10 +26,10 @@ from serving_support import (
 )
 from test_control import bearer, control_plane
 
-from mlops_workbench.core.access import grant
 from mlops_workbench.core.bundle import BundleManifest, manifest_digest
 from mlops_workbench.core.errors import WorkbenchError
 from mlops_workbench.core.files import sha256_file, write_json
+from mlops_workbench.core.grants import grant
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.data.versions import DataStore
 

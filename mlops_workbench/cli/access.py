@@ -46,7 +46,7 @@ def add(owner: str, role: str, days: float | None, workspace: Path | None, as_js
 
     Example: mwb access add shop --role caller
     """
-    from mlops_workbench.core.access import grant
+    from mlops_workbench.core.grants import grant
 
     token = grant(Workspace.open(workspace), owner, role, actor=getpass.getuser(), days=days)
     if as_json:
@@ -96,7 +96,7 @@ def revoke_token(identity: str, reason: str, workspace: Path | None) -> None:
 
     Example: mwb access revoke 1f2e3d4c -m "left the team"
     """
-    from mlops_workbench.core.access import revoke
+    from mlops_workbench.core.grants import revoke
 
     row = revoke(Workspace.open(workspace), identity, actor=getpass.getuser(), reason=reason)
     click.echo(f"{row.owner}'s token {row.id} ({row.role}) is revoked")

@@ -17,15 +17,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
-from mlops_workbench.core.access import (
-    AccessList,
-    BadTokens,
-    Holder,
-    access_path,
-    grant,
-    revoke,
-    write_access,
-)
+from ..core.access import AccessList, BadTokens, Holder
 from ..core.asof import as_of
 from mlops_workbench.core.errors import (
     ConflictError,
@@ -34,6 +26,7 @@ from mlops_workbench.core.errors import (
     UsageError,
     WorkbenchError,
 )
+from ..core.grants import access_path, grant, revoke, write_access
 from ..core.ledger import Ledger
 from ..core.settings import read_steps
 from ..core.workspace import Workspace

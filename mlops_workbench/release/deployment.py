@@ -17,6 +17,7 @@ from ..core.errors import BundleError, ConflictError, GateRefusedError, Integrit
 from ..core.ledger import Ledger
 from ..core.pointer import Pointer, SlotEntry, write_pointer
 from ..core.workspace import Workspace
+from .approvals import check_four_eyes
 
 # %% auto #0
 __all__ = ['CHAMPION', 'CHALLENGER', 'SHADOW', 'data_slot', 'Change', 'record_release', 'write_projection', 'next_release_name',
@@ -157,6 +158,7 @@ def deploy(
             f"expected no rollout under way, found {rollout.name} of {ledger.release(rollout.candidate).name}; "
             "nothing was deployed; end it first: mwb release promote, or mwb release abort"
         )
+    check_four_eyes(workspace, ledger, release, actor)
     before = ledger.release(slot.digest).name if slot else ""
     reason = "all gates passed" if allowed else f"forced by {actor} although it is {release.status}"
     with ledger.decision(

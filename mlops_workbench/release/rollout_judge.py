@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.clock import timestamp
-from ..core.errors import ConflictError
+from ..core.errors import ConflictError, GateRefusedError
 from ..core.files import canonical_json
 from ..core.ledger import Ledger, RolloutRow, share_words
 from ..core.ledger_schema import json_ready
 from ..core.settings import RolloutSettings
 from ..core.workspace import Workspace
+from .approvals import ask_for_approval, check_four_eyes
 from .rollout_evidence import Evidence, read_evidence
 from mlops_workbench.release.rollouts import (
     abort_rollout,
@@ -121,6 +122,22 @@ def keep_look(workspace: Workspace, rollout: RolloutRow, found: Evidence, move: 
         stream.write(canonical_json(json_ready(look)) + b"\n")
 
 
+def _seen_by_two(
+    workspace: Workspace, ledger: Ledger, rollout: RolloutRow, move: Move, actor: str
+) -> Move:
+    """The promotion, or to wait for the second person whom the settings ask for, who is called once."""
+    release = ledger.release(rollout.candidate)
+    try:
+        check_four_eyes(workspace, ledger, release, actor)
+    except GateRefusedError:
+        ask_for_approval(ledger, release, actor=actor, reason=move.reason)
+        return Move(
+            "wait",
+            f"{move.reason}; waits for a second person: mwb release approve {release.name} -m WHY",
+        )
+    return move
+
+
 LEASE, LEASE_SECONDS = "rollout", 60.0
 
 
@@ -139,6 +156,8 @@ def tend_rollout(
     try:
         found = read_evidence(workspace, rollout, moment)
         move = next_move(rollout, found, workspace.settings.rollout)
+        if move.kind == "promote":
+            move = _seen_by_two(workspace, ledger, rollout, move, actor)
         keep_look(workspace, rollout, found, move)
         by: dict[str, Any] = {
             "actor": actor,

@@ -20,6 +20,7 @@ from ..core.leases import Lease
 from ..core.change import Change
 from ..core.ledger import Ledger, RolloutRow, share_words
 from ..core.workspace import Workspace
+from .approvals import check_four_eyes
 from .deployment import CHAMPION, data_slot, write_projection
 
 # %% auto #0
@@ -178,6 +179,8 @@ def abort_rollout(
 
 def promote_rollout(workspace: Workspace, rollout: RolloutRow, **by: Any) -> None:
     """All traffic to the candidate: it is the champion, its data version the default."""
+    ledger = Ledger(workspace.ledger_url)
+    check_four_eyes(workspace, ledger, ledger.release(rollout.candidate), str(by.get("actor", "")))
     values = {"status": "promoted", "ended_at": iso(now())}
     _move(workspace, rollout, "promoted", "serves all traffic now", values, promote=True, **by)
 

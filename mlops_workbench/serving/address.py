@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from typing import Any, Literal
 
+from ..core.errors import UsageError
 from ..core.identity import read_identity
 from ..core.secrets import resolve_secret
 from ..core.workspace import Workspace
+from .http import BY_ROLES
 
 # %% auto #0
-__all__ = ['ASK_SECONDS', 'WorkspaceName', 'ServerFound', 'local_host', 'look_at', 'find_server', 'server_headers']
+__all__ = ['ASK_SECONDS', 'OWN_TOKEN', 'WorkspaceName', 'ServerFound', 'local_host', 'look_at', 'find_server', 'server_headers']
 
 # %% ../../nbs/serving/10_address.ipynb #7624774f
 @dataclass(frozen=True)
@@ -131,12 +134,23 @@ def find_server(workspace: Workspace) -> ServerFound:
             return server
     return found[-1] if found else ServerFound(f"http://{host}:0", "none")
 
-# %% ../../nbs/serving/10_address.ipynb #ec969488
+# %% ../../nbs/serving/10_address.ipynb #ace03e19
+OWN_TOKEN = "MWB_TOKEN"
+
+
 def server_headers(workspace: Workspace) -> dict[str, str]:
     """The headers that this workspace's server asks for; to be sent to no other."""
     token = workspace.settings.serving.token
     if not token:
         return {}
+    if token == BY_ROLES:
+        own = os.environ.get(OWN_TOKEN, "")
+        if not own:
+            raise UsageError(
+                f"expected a token of yours in the environment variable {OWN_TOKEN}, found none; an admin makes one: "
+                "mwb access add NAME --role caller"
+            )
+        return {"Authorization": f"Bearer {own}"}
     return {
         "Authorization": f"Bearer {resolve_secret(token, workspace_state=workspace.state).reveal()}"
     }

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from ..core.access import ACCESS_FILE, AccessList
 from ..core.errors import ServingError, shorten
 from ..core.features import FeatureError
 from ..core.settings import ServingSettings
@@ -46,7 +47,7 @@ __all__ = ['INLINE_ROWS', 'LARGE_WAITING', 'UNLOGGED_STATUS', 'logger', 'Handler
 # %% ../../nbs/serving/08_app.ipynb #f39289bb
 INLINE_ROWS = 64  # questions of more rows go to the worker thread
 LARGE_WAITING = 16  # large questions that may wait for the thread; more are told to come later
-UNLOGGED_STATUS = (401, 403, 405)  # strangers shall not fill the log
+UNLOGGED_STATUS = (401, 403, 405, 429)  # strangers shall not fill the log
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class PredictionApp:
         self.service = PredictionService(
             pointer_path=pointer_path, predictions=predictions, settings=settings, place=place
         )
-        self.guard = Guard(token)
+        self.guard = Guard(token, AccessList(pointer_path.parent / ACCESS_FILE))
         self.worker = ThreadPoolExecutor(1, "predict")
         self.waiting = 0  # large questions that have no answer yet
         self.recalled: asyncio.Future[int] | None = None
@@ -170,7 +171,8 @@ async def respond(app: PredictionApp, scope: Scope, receive: Receive, send: Send
     started = time.perf_counter()
     template, route, parts = app.routes.find(scope["path"])
     headers = dict(scope["headers"])
-    request = Request(scope["method"], scope["path"], headers, receive, started, parts)
+    address = (scope.get("client") or ("",))[0]
+    request = Request(scope["method"], scope["path"], headers, receive, started, parts, address)
     try:
         answer = await answer_for(app, request, route)
     except ClientGoneError:
@@ -199,7 +201,7 @@ async def answer_for(app: PredictionApp, request: Request, route: Route | None) 
         text = f"expected {route.method} for {request.path}, found {shorten(request.method)}"
         return error_answer(405, text, headers=((b"allow", route.method.encode()),))
     if not route.is_open and not app.guard.knows(request.headers):
-        return app.guard.refusal()
+        return app.guard.refusal(request.address)
     try:
         return await route.handler(app, request)
     except RequestError as error:

@@ -15,13 +15,14 @@ from typing import Any
 
 import msgspec
 
+from ..core.access import AccessList, BadTokens
 from ..core.errors import ServingError, shorten
 from .requests import RequestError
 
 # %% auto #0
-__all__ = ['Scope', 'Message', 'Receive', 'Send', 'Headers', 'BODY_SECONDS', 'UNREAD_BYTES', 'Request', 'Answer', 'json_answer',
-           'error_answer', 'is_loopback', 'host_of', 'Guard', 'ClientGoneError', 'read_body', 'read_rest',
-           'check_content_type', 'leaves_unread']
+__all__ = ['Scope', 'Message', 'Receive', 'Send', 'Headers', 'BY_ROLES', 'BODY_SECONDS', 'UNREAD_BYTES', 'Request', 'Answer',
+           'json_answer', 'error_answer', 'is_loopback', 'host_of', 'Guard', 'ClientGoneError', 'read_body',
+           'read_rest', 'check_content_type', 'leaves_unread']
 
 # %% ../../nbs/serving/06_http.ipynb #ad8d2ae9
 Scope = MutableMapping[str, Any]
@@ -43,6 +44,7 @@ class Request:
     parts: Mapping[str, str] = field(
         default_factory=dict
     )  # of the path, by the names in its template
+    address: str = ""  # of the client
 
 # %% ../../nbs/serving/06_http.ipynb #c09a1aa5
 @dataclass(frozen=True)
@@ -94,28 +96,45 @@ def host_of(header: bytes) -> str:
         return text[1:].partition("]")[0]
     return text.partition(":")[0]
 
-# %% ../../nbs/serving/06_http.ipynb #f6ac7a04
+# %% ../../nbs/serving/06_http.ipynb #e2270a9d
+BY_ROLES = "roles"  # as serving.token: everybody bears a token of their own
+
+
 class Guard:
     """Decides who may ask; comparing a token takes the same time wherever it differs."""
 
-    def __init__(self, token: str | None) -> None:
+    def __init__(self, token: str | None, access: AccessList | None = None) -> None:
         self._expected = None if token is None else token.encode()
+        self._access = access if token == BY_ROLES else None
+        self._bad = BadTokens()
         self._loopback_hosts: set[bytes] = set()  # Host headers already judged to be loopback
 
     def knows(self, headers: Headers) -> bool:
-        """True when the caller may see and do everything."""
+        """True when the caller may ask."""
         if self._expected is None:
             return self._is_local(headers.get(b"host", b""))
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._expected)
+        if scheme.lower() != b"bearer":
+            return False
+        if self._access is not None:
+            return self._access.holder(given.strip().decode("latin-1")) is not None
+        return self._expected != BY_ROLES.encode() and hmac.compare_digest(
+            given.strip(), self._expected
+        )
 
-    def refusal(self) -> Answer:
-        """What somebody is told who may not."""
+    def refusal(self, address: str = "") -> Answer:
+        """What somebody is told who may not; an address that tries many tokens has to wait."""
         if self._expected is None:
             return error_answer(
                 403,
                 "expected a loopback host name, for instance localhost; set serving.token for others",
             )
+        if wait := self._bad.wait_seconds(address):
+            seconds = str(int(wait) + 1).encode()
+            return error_answer(
+                429, "too many bad tokens from this address", headers=((b"retry-after", seconds),)
+            )
+        self._bad.note(address)
         return error_answer(
             401,
             "expected the header 'Authorization: Bearer TOKEN' with the server's token",

@@ -104,7 +104,7 @@ REFUSALS = {
     413: "the body or the number of rows is over the limit",
     415: "the body is of another type",
     422: "the body does not fit; field and row say where",
-    429: "too many large requests wait already; Retry-After says when to come again",
+    429: "too many large requests wait already, or too many bad tokens came from this address; Retry-After says when to come again",
     503: "there is no release to answer with, or the prediction log cannot be written",
 }
 
@@ -113,12 +113,12 @@ def refusals(path: str, route: Route) -> list[int]:
     """The statuses of the errors that a route gives."""
     found = [405, 503]
     if not route.is_open:
-        found += [401, 403]
+        found += [401, 403, 429]
     if "{" in path:
         found.append(404)
     if route.method == "POST":
         found += [400, 408, 413, 415, 422, 429]
-    return sorted(found)
+    return sorted(set(found))
 
 # %% ../../nbs/serving/15_openapi.ipynb #ba1bd2e8
 def described_answers(path: str, general: str, route: Route) -> dict[str, Any]:

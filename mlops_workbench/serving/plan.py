@@ -17,6 +17,7 @@ from ..core.pointer import Pointer, SlotEntry, write_pointer
 from ..core.secrets import resolve_secret
 from ..core.settings import ServingSettings
 from ..core.workspace import Workspace
+from .http import BY_ROLES
 from .address import WorkspaceName
 from .workers import WorkerPlace
 
@@ -41,7 +42,9 @@ def plan_workspace(root: Path) -> ServingPlan:
     workspace = Workspace.open(root)
     settings = workspace.settings.serving
     token = None
-    if settings.token:
+    if settings.token == BY_ROLES:
+        token = BY_ROLES
+    elif settings.token:
         token = resolve_secret(settings.token, workspace_state=workspace.state).reveal()
     return ServingPlan(
         workspace.pointer_path,

@@ -21,7 +21,7 @@ from ..core.errors import ServingError, UsageError, WorkbenchError, shorten
 from ..core.files import write_atomic
 from ..core.settings import ServingSettings
 from .address import local_host, look_at
-from .http import is_loopback
+from .http import BY_ROLES, is_loopback
 from .plan import ServingPlan, plan_bundle, plan_workspace, write_order
 from .workers import WorkerGroup
 
@@ -35,6 +35,8 @@ MINIMUM_TOKEN = 16  # characters
 # %% ../../nbs/serving/09_server.ipynb #4f1a6168
 def check_exposure(host: str, token: str | None) -> None:
     """UsageError when the address can be reached from elsewhere and there is no token, or a short one."""
+    if token == BY_ROLES:
+        return
     if token is not None and (len(token) < MINIMUM_TOKEN or not token.isascii() or " " in token):
         raise UsageError(
             f"expected a token of at least {MINIMUM_TOKEN} characters without spaces, found {len(token)} "
@@ -43,7 +45,7 @@ def check_exposure(host: str, token: str | None) -> None:
     if token is None and not is_loopback(host):
         raise UsageError(
             f"expected serving.token to be set for the address {shorten(host)}, which others can reach, "
-            "found none; set it to secret://NAME, or serve on 127.0.0.1"
+            "found none; set it to roles (tokens of `mwb access`) or secret://NAME, or serve on 127.0.0.1"
         )
 
 # %% ../../nbs/serving/09_server.ipynb #75210b8b
