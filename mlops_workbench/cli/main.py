@@ -43,6 +43,9 @@ COMMANDS: dict[str, CommandEntry] = {
     "runs": CommandEntry("runs", "List, show and compare experiment runs."),
     "release": CommandEntry("release", "List and show releases with their gates."),
     "rollback": CommandEntry("rollback", "Put an earlier release back in service."),
+    "drill": CommandEntry(
+        "drill", "Rehearse the roll-back beside the real server, keep the times."
+    ),
     "serve": CommandEntry("serve", "Answer predictions over HTTP."),
     "feedback": CommandEntry("feedback", "Send true labels for past predictions."),
     "monitor": CommandEntry("monitor", "Look at the traffic: quality, latency, drift, alerts."),

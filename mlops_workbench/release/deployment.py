@@ -14,18 +14,19 @@ from typing import Any
 from ..core.clock import iso, now
 from ..core.bundle import read_manifest, verify_bundle
 from ..core.errors import BundleError, ConflictError, GateRefusedError, IntegrityError
-from ..core.ledger import Ledger
+from ..core.ledger import DecisionRow, Ledger, SlotRow
 from ..core.pointer import Pointer, SlotEntry, write_pointer
 from ..core.workspace import Workspace
 
 # %% auto #0
-__all__ = ['CHAMPION', 'CHALLENGER', 'SHADOW', 'data_slot', 'Change', 'record_release', 'write_projection', 'next_release_name',
-           'deploy', 'former_champions', 'rollback_target', 'rollback', 'clear_release', 'set_default_data',
-           'default_data']
+__all__ = ['CHAMPION', 'CHALLENGER', 'SPECIAL', 'SHADOW', 'data_slot', 'Change', 'record_release', 'serving_regime',
+           'write_projection', 'next_release_name', 'deploy', 'former_champions', 'rollback_target', 'rollback',
+           'clear_release', 'set_default_data', 'default_data']
 
 # %% ../../nbs/release/03_deployment.ipynb #27ebf87f
 CHAMPION = "champion"
 CHALLENGER = "challenger"  # the slot of a release that a rollout gives a share of the traffic
+SPECIAL = "special:"  # and a name: a model that waits, loaded, for a regime that is foreseen
 SHADOW = "shadow"  # of one that gets a copy: its answers are kept and not given
 
 # %% ../../nbs/release/03_deployment.ipynb #ee686247
@@ -96,6 +97,24 @@ def _entry(ledger: Ledger, digest: str) -> SlotEntry:
     return SlotEntry(digest=release.digest, path=str(release.path), name=release.name)
 
 
+def serving_regime(ledger: Ledger, slot: SlotRow | None) -> DecisionRow | None:
+    """The switch that put the serving special to work; None while the ordinary release serves."""
+    last = next(iter(ledger.decisions(1, "switch")), None)
+    if last is None or slot is None or last.verdict != "switched":
+        return None
+    return last if last.evidence["epoch"] == slot.epoch else None
+
+
+def _specials(ledger: Ledger, champion: str) -> dict[str, SlotEntry]:
+    """The models for foreseen regimes by their slot: loaded and warm, without traffic."""
+    slots = [s for s in ledger.slots() if s.name.startswith(SPECIAL) and s.digest != champion]
+    return {
+        s.name: _entry(ledger, s.digest)
+        for s in slots
+        if ledger.release(s.digest).status != "barred"
+    }
+
+
 def write_projection(workspace: Workspace, ledger: Ledger | None = None) -> Pointer | None:
     """Write the pointer file from the ledger's champion slot and the open rollout; None while there is no champion."""
     ledger = ledger or Ledger(workspace.ledger_url)
@@ -109,6 +128,10 @@ def write_projection(workspace: Workspace, ledger: Ledger | None = None) -> Poin
         slots[place] = _entry(ledger, rollout.candidate)
         split = {CHAMPION: 1 - rollout.share, place: rollout.share}
         salt = f"{rollout.name} {rollout.started_at}"
+    if (switch := serving_regime(ledger, slot)) is not None:
+        slots[SHADOW] = _entry(ledger, switch.evidence["ordinary"])  # says what the switch avoids
+    slots |= _specials(ledger, slot.digest)
+    split |= {name: 0.0 for name in slots if name not in split}
     pointer = Pointer(epoch=slot.epoch, slots=slots, split=split, salt=salt)
     write_pointer(workspace.pointer_path, pointer)
     return pointer
@@ -152,6 +175,11 @@ def deploy(
         write_projection(workspace, ledger)
         previous = ledger.release(slot.previous_digest).name if slot.previous_digest else ""
         return Change(release.name, release.digest, previous, manifest.data_version, slot.epoch, 0)
+    if (switch := serving_regime(ledger, slot)) is not None:
+        raise ConflictError(
+            f"expected the ordinary release to serve, found the special of {switch.subject}; nothing was deployed; "
+            "go back first: mwb release switch --back"
+        )
     if (rollout := ledger.open_rollout()) is not None:
         raise ConflictError(
             f"expected no rollout under way, found {rollout.name} of {ledger.release(rollout.candidate).name}; "

@@ -206,6 +206,10 @@ def _move(
     }
     slot, data = ledger.slot(CHAMPION), ledger.slot(data_slot(release.data_version))
     if promote:
+        if slot is None or slot.digest != rollout.champion:
+            raise ConflictError(
+                f"expected {champion.name} to serve, found another release; go back to it first: mwb release switch --back"
+            )
         verify_bundle(Path(release.path), release.digest)
     with _decision(
         workspace, rollout.name, rollout.version + 1, verdict, release.name, words,
