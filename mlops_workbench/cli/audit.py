@@ -19,7 +19,8 @@ from mlops_workbench.cli.options import (
     workspace_option,
 )
 from ..core.clock import iso
-from ..core.ledger import Ledger, share_words
+from ..core.assignment import share_words
+from ..core.ledger import Ledger
 from ..core.slot_history import slot_history
 from ..core.workspace import Workspace
 

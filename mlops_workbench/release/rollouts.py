@@ -18,7 +18,8 @@ from ..core.clock import iso, now
 from ..core.errors import ConflictError, GateRefusedError, UsageError
 from ..core.leases import Lease
 from ..core.change import Change
-from ..core.ledger import Ledger, RolloutRow, share_words
+from ..core.assignment import share_words
+from ..core.ledger import Ledger, RolloutRow
 from ..core.workspace import Workspace
 from .deployment import CHAMPION, data_slot, write_projection
 
