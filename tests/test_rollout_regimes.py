@@ -10,10 +10,12 @@ import pytest
 from rollout_support import PASSED, release_pair, split
 from serving_support import build_bundle
 from test_rollout import QUICK, Traffic, begin, serve
+from test_rollout_records import outputs
 
 from mlops_workbench.cli.main import main
-from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.core.ledger import DecisionRow, Ledger
 from mlops_workbench.pipeline.loop import rehearse_due
+from mlops_workbench.pipeline.rollout_record import write_records
 from mlops_workbench.release.deployment import deploy, record_release, rollback_target
 from mlops_workbench.release.regime_watch import tend_regimes
 from mlops_workbench.release.regimes import (
@@ -83,11 +85,15 @@ def test_a_shock_is_met_by_the_special_and_both_ways_go_by_themselves(
     assert report["avoided"] == pytest.approx(gained, abs=1) and gained > 100
     assert 0 <= report["first_answer_ms"] < 1000
     assert [d.verdict for d in ledger.decisions(kind="switch")] == ["back", "switched"]
-    assert "wrong answers avoided" in ledger.messages()[0].body
+    told = ledger.messages()[0].body
+    assert "wrong answers avoided" in told and told.endswith("_back.ipynb")
+    assert write_records(workspace) == {there.id: "", back.id: ""}
+    text, pictures = outputs(Path(back.record_path or ""))
+    assert len(pictures) == 1 and "storm: back by controller" in text and "avoided" in text
     assert ledger.verify().ok
 
 
-def until_decided(look: Callable[[], object], traffic: Traffic) -> object:
+def until_decided(look: Callable[[], DecisionRow | None], traffic: Traffic) -> DecisionRow:
     """Traffic and looks until one of them decides something."""
     for _ in range(120):
         traffic.send(4)

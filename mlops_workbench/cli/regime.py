@@ -155,6 +155,7 @@ def switch(
     Example: mwb release switch double-11
     """
     from mlops_workbench.pipeline.deploy import wait_for_release
+    from mlops_workbench.pipeline.rollout_record import start_writer
     from mlops_workbench.release import regimes
 
     opened = Workspace.open(workspace)
@@ -170,6 +171,7 @@ def switch(
         decision = regimes.switch_back(opened, actor=actor, reason=reason)
     else:
         decision = regimes.switch(opened, name, actor=actor, reason=reason)
+    start_writer(opened)
     seconds = wait_for_release(opened, decision.evidence["digest"], 30)
     heard = (
         "no server of this workspace runs"

@@ -246,7 +246,7 @@ def record(decision: int, workspace: Path | None) -> int:
 
     opened = Workspace.open(workspace)
     if decision:
-        chosen = rollout_record.read_rollout_decision(opened, decision).decision
+        chosen = rollout_record.find_decision(opened, decision)
         done = {decision: rollout_record.write_record(opened, chosen)}
     else:
         done = rollout_record.write_records(opened)

@@ -323,7 +323,7 @@ def decisions_html(decisions: Sequence[Mapping[str, Any]]) -> str:
             row["reason"],
             row["actor"],
         ]
-        for row in decisions[:15]
+        for row in [d for d in decisions if (d["kind"], d["verdict"]) != ("record", "written")][:15]
     ]
     columns = ["when (UTC)", "decision", "about", "verdict", "why", "by"]
     return "<h2>Last decisions</h2>" + table_html(

@@ -104,6 +104,7 @@ def watch_regimes(workspace: Workspace, say: Callable[[str], None]) -> None:
     decision = tend_regimes(workspace, actor=f"controller {this_process().text()}")
     if decision is not None:
         say(f"{decision.subject}: {decision.verdict}: {decision.reason}")
+        start_writer(workspace)
 
 
 def rehearse_due(workspace: Workspace, say: Callable[[str], None]) -> None:

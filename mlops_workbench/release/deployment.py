@@ -61,15 +61,9 @@ def record_release(
     ledger = Ledger(workspace.ledger_url)
     verdict = "approved" if report["passed"] else "refused"
     with ledger.decision(
-        "gate",
-        actor=actor,
-        subject=manifest.name,
-        verdict=verdict,
-        reason=report["reason"],
-        evidence=dict(report),
-        cycle=cycle,
-        record_path=record_path,
-    ) as change:
+        "gate", actor=actor, subject=manifest.name, verdict=verdict,
+        reason=report["reason"], evidence=dict(report), cycle=cycle, record_path=record_path,
+    ) as change:  # fmt: skip
         change.add_release(
             {
                 "digest": manifest.digest,
@@ -188,15 +182,9 @@ def deploy(
     before = ledger.release(slot.digest).name if slot else ""
     reason = "all gates passed" if allowed else f"forced by {actor} although it is {release.status}"
     with ledger.decision(
-        "deploy",
-        actor=actor,
-        subject=release.name,
-        verdict="deployed" if allowed else "forced",
-        reason=reason,
-        evidence={"digest": release.digest, "previous": before},
-        cycle=cycle,
-        record_path=record_path,
-    ) as change:
+        "deploy", actor=actor, subject=release.name, verdict="deployed" if allowed else "forced",
+        reason=reason, evidence={"digest": release.digest, "previous": before}, cycle=cycle, record_path=record_path,
+    ) as change:  # fmt: skip
         epoch = change.set_slot(CHAMPION, release.digest, slot.epoch if slot else 0)
         if allowed:
             change.set_release_status(release.digest, "approved")
@@ -289,15 +277,9 @@ def rollback(
         "barred": bar,
     }
     with ledger.decision(
-        "rollback",
-        actor=actor,
-        subject=target.name,
-        verdict="rolled back",
-        reason=reason,
-        evidence=evidence,
-        cycle=cycle,
-        record_path=record_path,
-    ) as change:
+        "rollback", actor=actor, subject=target.name, verdict="rolled back",
+        reason=reason, evidence=evidence, cycle=cycle, record_path=record_path,
+    ) as change:  # fmt: skip
         epoch = change.set_slot(CHAMPION, target.digest, slot.epoch)
         if rollout is not None:
             change.move_rollout(
@@ -352,14 +334,9 @@ def set_default_data(
     if slot is not None and slot.digest == ref:
         return
     with ledger.decision(
-        "data",
-        actor=actor,
-        subject=ref,
-        verdict="default",
-        reason=reason,
-        cycle=cycle,
-        record_path=record_path,
-    ) as change:
+        "data", actor=actor, subject=ref, verdict="default",
+        reason=reason, cycle=cycle, record_path=record_path,
+    ) as change:  # fmt: skip
         change.set_slot(data_slot(ref), ref, slot.epoch if slot else 0)
 
 # %% ../../nbs/release/03_deployment.ipynb #a26add36

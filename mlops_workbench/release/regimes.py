@@ -29,6 +29,7 @@ from mlops_workbench.release.deployment import (
     write_projection,
 )
 from .rollout_evidence import release_schema, row_values
+from .rollouts import record_file, record_link
 
 # %% auto #0
 __all__ = ['QUALITY', 'RATE', 'DETECTOR', 'By', 'Detector', 'read_detector', 'Regime', 'register_regime', 'withdraw_regime',
@@ -179,8 +180,10 @@ def switch(
         "digest": special.digest, "ordinary": ordinary.digest, "from": ordinary.name, "to": special.name, "by": by,
         "epoch": slot.epoch + 1, "rollout": waits,
     }  # fmt: skip
+    path = str(record_file(workspace, "regimes", slot.epoch + 1, "switched"))
+    why = record_link(workspace, path)
     with ledger.decision(
-        "switch", actor=actor, subject=name, verdict="switched", reason=reason, evidence=evidence
+        "switch", actor=actor, subject=name, verdict="switched", reason=reason, evidence=evidence, record_path=path,
     ) as change:  # fmt: skip
         change.set_slot(CHAMPION, special.digest, slot.epoch)
         if rollout is not None and waits:
@@ -191,7 +194,7 @@ def switch(
                 reason=f"the special of {name} serves",
             )
         change.enqueue(
-            f"{special.name} serves for {name}", f"{special.name} replaced {ordinary.name} for {name} ({by}): {reason}",
+            f"{special.name} serves for {name}", f"{special.name} replaced {ordinary.name} for {name} ({by}): {reason}; why: {why}",
             severity="warning", key=f"switch-{name}-{slot.epoch + 1}",
         )  # fmt: skip
     write_projection(workspace, ledger)
@@ -210,9 +213,12 @@ def switch_back(workspace: Workspace, *, actor: str, reason: str, by: By = "pers
     ordinary, rollout = ledger.release(last.evidence["ordinary"]), ledger.open_rollout()
     verify_bundle(Path(ordinary.path), ordinary.digest)
     report = switch_report(workspace, last)
+    path = str(record_file(workspace, "regimes", slot.epoch + 1, "back"))
+    told = f"{reason}; {report_words(report)}; why: {record_link(workspace, path)}"
     with ledger.decision(
         "switch", actor=actor, subject=last.subject, verdict="back", reason=reason,
         evidence={"digest": ordinary.digest, "epoch": slot.epoch + 1, "by": by, "switch": last.id, "report": report},
+        record_path=path,
     ) as change:  # fmt: skip
         change.set_slot(CHAMPION, ordinary.digest, slot.epoch)
         if (
@@ -224,7 +230,7 @@ def switch_back(workspace: Workspace, *, actor: str, reason: str, by: By = "pers
                 rollout.name, rollout.version, status="running", step_started_at=iso(now()), reason=f"{last.subject} is over"
             )  # fmt: skip
         change.enqueue(
-            f"{ordinary.name} serves again", f"{last.subject} is over ({by}): {reason}; {report_words(report)}",
+            f"{ordinary.name} serves again", f"{last.subject} is over ({by}): {told}",
             key=f"switch-{last.subject}-{slot.epoch + 1}",
         )  # fmt: skip
     write_projection(workspace, ledger)
