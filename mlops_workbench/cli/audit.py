@@ -18,7 +18,8 @@ from mlops_workbench.cli.options import (
     workspace_option,
 )
 from ..core.asof import as_of
-from ..core.ledger import Ledger, share_words
+from ..core.assignment import share_words
+from ..core.ledger import Ledger
 from ..core.workspace import Workspace
 
 # %% ../../nbs/cli/14_audit.ipynb #9f1c6ae4

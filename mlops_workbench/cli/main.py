@@ -43,6 +43,9 @@ COMMANDS: dict[str, CommandEntry] = {
     "runs": CommandEntry("runs", "List, show and compare experiment runs."),
     "release": CommandEntry("release", "List and show releases with their gates."),
     "rollback": CommandEntry("rollback", "Put an earlier release back in service."),
+    "drill": CommandEntry(
+        "drill", "Rehearse the roll-back beside the real server, keep the times."
+    ),
     "serve": CommandEntry("serve", "Answer predictions over HTTP."),
     "control": CommandEntry("control", "Let those who may promote, abort and roll back over HTTP."),
     "access": CommandEntry("access", "Say who may do what: tokens, roles, until when."),

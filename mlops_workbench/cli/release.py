@@ -16,6 +16,7 @@ from mlops_workbench.cli.options import (
     print_table,
     workspace_option,
 )
+from .regime import REGIME_COMMANDS
 from .rollout import ROLLOUT_COMMANDS
 from ..core.ledger import Ledger
 from ..core.workspace import Workspace
@@ -32,7 +33,7 @@ def release() -> None:
     """
 
 
-for _command in ROLLOUT_COMMANDS:
+for _command in (*ROLLOUT_COMMANDS, *REGIME_COMMANDS):
     release.add_command(_command)
 
 # %% ../../nbs/cli/20_release.ipynb #d4665dec

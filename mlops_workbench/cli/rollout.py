@@ -55,7 +55,7 @@ def start(name: str, steps: str, reason: str, workspace: Path | None) -> None:
 
     Example: mwb release start flights-r2 --steps shadow,5,25,50
     """
-    from mlops_workbench.core.ledger import share_words
+    from mlops_workbench.core.assignment import share_words
     from mlops_workbench.pipeline.rollout_record import start_writer
     from mlops_workbench.release.rollouts import start_rollout
 
@@ -78,7 +78,7 @@ def status_lines(rollout: RolloutRow, found: Evidence, move: Move) -> list[str]:
         sides.append(
             f"  {side.name:16} {side.rows:,} rows of {side.entities:,} entities, {side.labelled.rows:,.0f} labelled{quality}{p99}"
         )
-    from mlops_workbench.core.ledger import share_words
+    from mlops_workbench.core.assignment import share_words
 
     failed = f", failed on {found.failed:,}" if found.failed else ""
     return [
@@ -246,7 +246,7 @@ def record(decision: int, workspace: Path | None) -> int:
 
     opened = Workspace.open(workspace)
     if decision:
-        chosen = rollout_record.read_rollout_decision(opened, decision).decision
+        chosen = rollout_record.find_decision(opened, decision)
         done = {decision: rollout_record.write_record(opened, chosen)}
     else:
         done = rollout_record.write_records(opened)

@@ -370,7 +370,7 @@ def status_text(status: dict[str, Any]) -> str:
         _section("services", status["services"], "none"),
     ]
     if (rollout := status["rollout"]) is not None:
-        from mlops_workbench.core.ledger import share_words
+        from mlops_workbench.core.assignment import share_words
 
         share = share_words(rollout["share"])
         words = f"{rollout['name']}, {rollout['status']}: {rollout['release']} has {share}; see mwb release status"

@@ -22,6 +22,7 @@ from ..data.records import DataVersion
 from ..data.versions import DataStore
 from .data_views import diff_tables, problem_tables
 from .quarantine_desk import decide_rows, list_rows, list_state
+from .rollout_work import move_rollout
 from .read_models import QUARANTINE, diff_path, read_table, write_model
 from mlops_workbench.pages.requests import (
     Request,
@@ -90,6 +91,8 @@ def carry_out(workspace: Workspace, request: Request) -> str:
     values = request.values
     if request.kind == "diff":
         return compare_pair(workspace, DataStore(workspace), values["before"], values["after"])
+    if request.kind == "move":
+        return move_rollout(workspace, **values)
     return decide_rows(workspace, values["dataset"], values["accept"], values["reject"])
 
 

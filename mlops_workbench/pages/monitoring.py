@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakMethod
 
 import ipywidgets
 
@@ -27,7 +28,7 @@ from mlops_workbench.pages.look import (
     tile_html,
 )
 from .read_models import read_table
-from .rollout_panel import rollout_html
+from .rollout_panel import RolloutMoves, rollout_html
 
 # %% auto #0
 __all__ = ['Snapshot', 'CHARTS', 'measured_release', 'overall_state', 'ages', 'age_words', 'head_html', 'limits', 'charts_html',
@@ -322,7 +323,7 @@ def decisions_html(decisions: Sequence[Mapping[str, Any]]) -> str:
             row["reason"],
             row["actor"],
         ]
-        for row in decisions[:15]
+        for row in [d for d in decisions if (d["kind"], d["verdict"]) != ("record", "written")][:15]
     ]
     columns = ["when (UTC)", "decision", "about", "verdict", "why", "by"]
     return "<h2>Last decisions</h2>" + table_html(
@@ -359,8 +360,10 @@ class MonitoringPage(LivePage):
             layout={"width": "max-content"},
         )
         self.span.observe(self.on_span, "value")
-        first, tiles, *rest = self.parts.values()
-        self.show(first, tiles, self.charts_head, self.span, *rest)
+        self.moves = RolloutMoves(folder, WeakMethod(self.read_soon))
+        first, tiles, charts, alerts, rollout, *rest = self.parts.values()
+        above = (self.charts_head, self.span, charts, alerts, rollout)
+        self.show(first, tiles, *above, self.moves, *rest)
 
     def draw(self) -> None:
         """Read the model again and draw every part but the head."""
@@ -374,9 +377,9 @@ class MonitoringPage(LivePage):
         )
         shown = "" if self.snapshot else "none"
         self.charts_head.layout.display = self.span.layout.display = shown
-        rollout = rollout_html(
-            read_table(self.model, "rollouts"), read_table(self.model, "rollout_looks")
-        )
+        rollouts = read_table(self.model, "rollouts")
+        rollout = rollout_html(rollouts, read_table(self.model, "rollout_looks"))
+        self.moves.show(rollouts[0] if rollouts else {})
         self.parts["rollout"].value = block(rollout) if rollout else ""
         self.parts["releases"].value = block(releases_html(slots, releases))
         self.parts["decisions"].value = block(decisions_html(read_table(self.model, "decisions")))
@@ -407,6 +410,7 @@ class MonitoringPage(LivePage):
     def tick(self) -> None:
         """Draw what grows old: the head and the alert rules."""
         now = timestamp()
+        self.moves.tick()
         head = head_html(
             self.snapshot, self.state.workspace, now, self.state.maximum_age_seconds, self.serving
         )

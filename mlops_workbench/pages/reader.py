@@ -148,6 +148,8 @@ def monitoring_tables(workspace: Workspace) -> ModelTables:
                 "started",
                 "ended",
                 "reason",
+                "version",
+                "may_move",
             ),
             [
                 (
@@ -160,6 +162,8 @@ def monitoring_tables(workspace: Workspace) -> ModelTables:
                     r.started_at,
                     r.ended_at or "",
                     r.reason,
+                    r.version,
+                    int(workspace.settings.pages.rollout_buttons),
                 )
                 for r in rollouts
             ],

@@ -21,8 +21,12 @@ from ..core.files import read_json, write_json
 __all__ = ['KINDS', 'KEPT_ANSWERS', 'Request', 'Answer', 'check_request', 'ask', 'open_requests', 'read_request', 'give_answer',
            'read_answer']
 
-# %% ../../nbs/pages/09_requests.ipynb #9899ba5c
-KINDS = {"diff": ("before", "after"), "decide": ("dataset", "accept", "reject")}
+# %% ../../nbs/pages/09_requests.ipynb #3fe16031
+KINDS = {
+    "diff": ("before", "after"),
+    "decide": ("dataset", "accept", "reject"),
+    "move": ("verb", "rollout", "seen", "reason"),  # of the rollout, as it was seen
+}
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from weakref import WeakMethod
 
-from ..core.ledger import share_words
+import ipywidgets
+
+from ..core.assignment import share_words
 from .charts import Chart, chart_html
-from .look import Markup, escape, table_html
+from .look import Markup, block, escape, table_html
+from .requests import ask, read_answer
 
 # %% auto #0
-__all__ = ['Row', 'WIDE', 'number', 'sequence_chart', 'sides_html', 'rollout_html']
+__all__ = ['Row', 'WIDE', 'VERBS', 'number', 'sequence_chart', 'sides_html', 'copy_html', 'rollout_html', 'RolloutMoves']
 
 # %% ../../nbs/pages/06_rollout_panel.ipynb #afc0cee0
 Row = Mapping[str, Any]
@@ -66,6 +71,20 @@ def sides_html(look: Row) -> str:
     )
 
 
+def copy_html(look: Row) -> str:
+    """Return what only a copy of the traffic shows, and what narrowed the interval."""
+    copied, words = look.get("copied"), []
+    if copied:
+        agreement = number(copied["agreement"])
+        words.append(
+            "no answer yet" if agreement is None else f"agrees on {agreement:.1%} of the rows"
+        )
+        words.append(f"{copied['missed']:,} rows not copied or on their way")
+    if look.get("covariate"):
+        words.append(str(look["covariate"]))
+    return f"<p>{escape('; '.join(words))}</p>" if words else ""
+
+
 def rollout_html(rollouts: Sequence[Row], looks: Sequence[Row]) -> str:
     """Return the rollout that goes on, or the last one; nothing where there was none."""
     if not rollouts:
@@ -85,7 +104,7 @@ def rollout_html(rollouts: Sequence[Row], looks: Sequence[Row]) -> str:
     )
     if last and goes_on and not last["reason"].startswith("not yet"):
         head += f"<p>Next: {escape(last['reason'])}</p>"
-    body = sequence_chart(shown) + sides_html(last) if last else ""
+    body = sequence_chart(shown) + sides_html(last) + copy_html(last) if last else ""
     if goes_on and not last:
         body = "<p class='mwb-empty'>Nobody has looked yet: <code>mwb loop</code> does, or <code>mwb release tend</code>.</p>"
     former = [
@@ -106,3 +125,79 @@ def rollout_html(rollouts: Sequence[Row], looks: Sequence[Row]) -> str:
         else ""
     )
     return f"<h2>Rollout</h2>{head}{body}{more}"
+
+# %% ../../nbs/pages/06_rollout_panel.ipynb #f45790ad
+VERBS = {"pause": "Pause", "resume": "Resume", "promote": "Promote to all", "abort": "Abort"}
+
+
+class RolloutMoves(ipywidgets.VBox):  # type: ignore[misc]
+    """The buttons below the rollout, and what became of the last press."""
+
+    def __init__(
+        self,
+        folder: Path,  # of the read models
+        read_soon: WeakMethod[
+            Callable[[], None]
+        ],  # of the page, which these buttons do not keep alive
+    ) -> None:
+        self.folder, self.read_soon = folder, read_soon
+        self.rollout, self.asked = dict[str, Any](), ""
+        # as a whole, once it is left: letter by letter a press could come before the last of them
+        self.reason = ipywidgets.Text(
+            description="Why", placeholder="stands in the audit", continuous_update=False,
+            layout={"width": "min(100%, 32em)"},
+        )  # fmt: skip
+        self.buttons = {verb: ipywidgets.Button(description=words) for verb, words in VERBS.items()}
+        for verb, button in self.buttons.items():
+            button.on_click(lambda _, verb=verb: self.on_press(verb))
+        self.buttons["abort"].button_style = "danger"
+        self.words = ipywidgets.HTML()
+        row = ipywidgets.HBox(list(self.buttons.values()))
+        row.add_class("mwb-buttons")
+        super().__init__([self.reason, row, self.words])
+        self.add_class("mwb-moves")
+        self.show({})
+
+    def show(self, rollout: Row) -> None:
+        """Show what may be done with a rollout: nothing with one that is over, or where it is not allowed."""
+        self.rollout = dict(rollout)
+        self.reason.layout.display = "" if self.movable else "none"
+        for verb, button in self.buttons.items():
+            fits = verb != ("resume" if rollout.get("status") == "running" else "pause")
+            button.layout.display = "" if self.movable and fits else "none"
+        self.tick()
+
+    @property
+    def movable(self) -> bool:
+        """Whether the rollout goes on, and buttons are allowed."""
+        return bool(self.rollout.get("may_move")) and not self.rollout.get("ended")
+
+    def on_press(self, verb: str) -> None:
+        """Ask for a move; without a reason say that one is wanted."""
+        why = self.reason.value.strip()
+        if not why:
+            self.words.value = block(
+                "<p class='mwb-problem' role='status'>Say why first: it stands in the audit.</p>"
+            )
+            return
+        seen = str(self.rollout["version"])
+        self.asked = ask(
+            self.folder, "move", verb=verb, rollout=self.rollout["name"], seen=seen, reason=why
+        )
+        self.reason.value = ""
+        self.tick()
+        if (read_soon := self.read_soon()) is not None:
+            read_soon()
+
+    def tick(self) -> None:
+        """Say what became of the last press; no button works while it is on its way."""
+        answer = read_answer(self.folder, self.asked) if self.asked else None
+        for button in self.buttons.values():
+            button.disabled = bool(self.asked) and answer is None
+        if self.asked and answer is None:
+            self.words.value = block(
+                "<p class='mwb-said' role='status'>Your move is being made ...</p>"
+            )
+        elif answer is not None:
+            kind = "mwb-said" if answer.done else "mwb-problem"
+            self.words.value = block(f"<p class='{kind}' role='status'>{escape(answer.text)}</p>")

@@ -69,13 +69,9 @@ def rollback_data(
         return DataRollback(version.ref, before, version.rows, False, (), 0)
     known = withdrawn_versions(workspace, version.name)
     with ledger.decision(
-        "data",
-        actor=actor,
-        subject=version.ref,
-        verdict="rolled back",
-        reason=reason,
-        evidence={"from": before, "to": version.ref, "digest": version.digest},
-    ) as change:
+        "data", actor=actor, subject=version.ref, verdict="rolled back",
+        reason=reason, evidence={"from": before, "to": version.ref, "digest": version.digest},
+    ) as change:  # fmt: skip
         epoch = slot.epoch if slot is not None else 0
         if slot is None and before != version.ref:
             epoch = change.set_slot(data_slot(version.ref), before, 0)

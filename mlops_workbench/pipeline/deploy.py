@@ -12,7 +12,8 @@ import httpx
 
 from ..core.bundle import read_manifest
 from ..core.errors import ServingError, StageError
-from ..core.ledger import Ledger, share_words
+from ..core.assignment import share_words
+from ..core.ledger import Ledger
 from ..core.workspace import Workspace
 from ..experiment.tracking import register_release, set_alias
 from .manifest import Manifest

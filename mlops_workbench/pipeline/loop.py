@@ -21,10 +21,13 @@ from .deploy import follow_in_registry
 from .rollout_record import missing_records, start_writer
 from .runner import CycleResult, run_stages
 from ..release.deployment import default_data
+from ..release.regime_watch import tend_regimes
+from ..release.rehearsal import drill, drill_due, rehearse, unrehearsed
 from ..release.rollout_judge import tend_rollout
 
 # %% auto #0
-__all__ = ['MOVES', 'Waiting', 'waiting_rows', 'one_turn', 'tend', 'tend_always', 'run_loop']
+__all__ = ['MOVES', 'REHEARSAL_SECONDS', 'Waiting', 'waiting_rows', 'one_turn', 'tend', 'watch_regimes', 'rehearse_due',
+           'rehearse_always', 'tend_always', 'run_loop']
 
 # %% ../../nbs/pipeline/44_loop.ipynb #f0886aa3
 @dataclass(frozen=True)
@@ -96,6 +99,40 @@ MOVES = {
 }
 
 
+def watch_regimes(workspace: Workspace, say: Callable[[str], None]) -> None:
+    """One look at the regimes, and the switch that follows."""
+    decision = tend_regimes(workspace, actor=f"controller {this_process().text()}")
+    if decision is not None:
+        say(f"{decision.subject}: {decision.verdict}: {decision.reason}")
+        start_writer(workspace)
+
+
+def rehearse_due(workspace: Workspace, say: Callable[[str], None]) -> None:
+    """Rehearse what is due: the way back every `rollout.drill_days`, and each new special once."""
+    ledger, actor = Ledger(workspace.ledger_url), f"controller {this_process().text()}"
+    if drill_due(ledger, workspace.settings.rollout.drill_days):
+        found = drill(workspace, actor=actor, reason="it was due")
+        if found is not None:
+            say(f"drill: {found.words}")
+    for name in unrehearsed(ledger):
+        done, _ = rehearse(workspace, name, actor=actor, reason="it is new")
+        say(f"{name}: {done.words}")
+
+
+REHEARSAL_SECONDS = 600.0  # between two looks at what is due
+
+
+def rehearse_always(
+    workspace: Workspace, stop: threading.Event, say: Callable[[str], None]
+) -> None:
+    """Rehearse what is due until `stop` is set, beside everything else."""
+    while not stop.wait(min(REHEARSAL_SECONDS, 6 * workspace.settings.rollout.interval_seconds)):
+        try:
+            rehearse_due(workspace, say)
+        except WorkbenchError as err:
+            say(f"this rehearsal failed, the next one follows: {err}")
+
+
 def tend_always(workspace: Workspace, stop: threading.Event, say: Callable[[str], None]) -> None:
     """Look at the rollout every `rollout.interval_seconds` until `stop` is set; write first what an earlier loop left unwritten."""
     if missing_records(workspace):
@@ -103,6 +140,7 @@ def tend_always(workspace: Workspace, stop: threading.Event, say: Callable[[str]
     while not stop.wait(workspace.settings.rollout.interval_seconds):
         try:
             tend(workspace, say)
+            watch_regimes(workspace, say)
         except WorkbenchError as err:
             say(f"this look at the rollout failed, the next one follows: {err}")
 
@@ -111,10 +149,8 @@ def run_loop(
     workspace: Workspace, dataset: str, stop: threading.Event, say: Callable[[str], None]
 ) -> None:
     """Turn every `monitoring.interval_seconds` until `stop` is set, and tend the rollout beside it."""
-    tending = threading.Thread(
-        target=tend_always, args=(workspace, stop, say), name="rollout", daemon=True
-    )
-    tending.start()
+    for name, work in (("rollout", tend_always), ("rehearsal", rehearse_always)):
+        threading.Thread(target=work, args=(workspace, stop, say), name=name, daemon=True).start()
     while not stop.is_set():
         try:
             one_turn(workspace, dataset, say)

@@ -6,13 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from ..core.ledger import DecisionRow, Ledger
+from ..core.workspace import Workspace
+from ..monitoring.prediction_store import read_window
 from .figures import BLUE, GREY, ORANGE, new_figure
 from .rollout_record import RolloutDecision
+from ..release.rollout_evidence import release_schema, row_values
 from ..release.rollout_judge import FAILED_ROWS, LATENCY_ROWS
 
 if TYPE_CHECKING:
@@ -20,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['finite', 'decision_table', 'way_table', 'known_looks', 'time_unit', 'sequence_figure', 'split_figure', 'guard_rails',
-           'guard_table', 'sides_table']
+           'guard_table', 'sides_table', 'switch_figure', 'report_table']
 
 # %% ../../nbs/pipeline/49_rollout_figures.ipynb #2391b786
 def finite(value: Any) -> float:
@@ -187,3 +192,45 @@ def sides_table(record: RolloutDecision) -> pd.DataFrame:
             "latency p99": f"{finite(found['latency_p99_ms']):.1f} ms",
         }
     return pd.DataFrame(rows)
+
+# %% ../../nbs/pipeline/49_rollout_figures.ipynb #e67dd859
+def switch_figure(
+    workspace: Workspace, decision: DecisionRow, minutes: float = 30.0, bins: int = 24
+) -> Figure | None:
+    """Mean quality of the labelled answers up to a switch, by release, in equal parts of the time; None without labels."""
+    until = datetime.fromisoformat(decision.at).timestamp()
+    rows = read_window(workspace.predictions, until - 60 * minutes, until).labelled
+    if rows.empty:
+        return None
+    schema = release_schema(Ledger(workspace.ledger_url), decision.evidence["digest"])
+    rows = rows[rows["label"].isin(list(schema.classes))]
+    metric = workspace.settings.rollout.metric
+    seconds = rows["time"] - until
+    width = max(-float(seconds.min()), 1e-6) / bins
+    table = pd.DataFrame({
+        "release": rows["name"], "at": (seconds // width + 0.5) * width, "value": row_values(rows, schema.classes, metric)
+    })  # fmt: skip
+    unit, length = time_unit(-float(seconds.min()))
+    figure, axes = new_figure(7.4, 3.2)
+    for (name, part), colour in zip(table.groupby("release"), (BLUE, ORANGE, GREY), strict=False):
+        means = part.groupby("at")["value"].mean()
+        axes.plot(
+            means.index / length, means, color=colour, marker="o", markersize=3, label=str(name)
+        )
+    axes.axvline(
+        0, color="black", linewidth=1, linestyle="--", label=f"the decision: {decision.verdict}"
+    )
+    axes.set_xlabel(f"{unit} before the decision")
+    axes.set_ylabel(metric)
+    figure.legend(fontsize=8, frameon=False, ncols=4, loc="outside lower center")
+    return figure
+
+
+def report_table(decision: DecisionRow) -> pd.DataFrame:
+    """What a switch that is over did, one line a figure; before its end what was switched."""
+    found = decision.evidence.get("report") or {
+        name: decision.evidence[name]
+        for name in ("from", "to", "by", "rollout")
+        if decision.evidence.get(name)
+    }
+    return pd.DataFrame({"": list(found.values())}, index=list(found))

@@ -29,8 +29,8 @@ from .notebooks import find_stage
 from ..release.rollout_judge import looks_file
 
 # %% auto #0
-__all__ = ['STAGE', 'TIMEOUT_SECONDS', 'RolloutDecision', 'read_looks', 'read_rollout_decision', 'missing_records',
-           'write_record', 'write_records', 'start_writer', 'main']
+__all__ = ['STAGES', 'TIMEOUT_SECONDS', 'RolloutDecision', 'find_decision', 'read_looks', 'read_rollout_decision',
+           'missing_records', 'write_record', 'write_records', 'start_writer', 'main']
 
 # %% ../../nbs/pipeline/48_rollout_record.ipynb #3614bf59
 @dataclass(frozen=True)
@@ -55,6 +55,17 @@ class RolloutDecision:
         """The decision in one sentence."""
         row = self.decision
         return f"{row.evidence.get('rollout', '')}: {row.subject} {row.verdict} by {row.actor}: {row.reason}"
+
+
+def find_decision(workspace: Workspace, number: int) -> DecisionRow:
+    """The decision of this number that has a notebook of its own; UsageError when there is none."""
+    ledger = Ledger(workspace.ledger_url)
+    for kind in STAGES:
+        if found := [d for d in ledger.decisions(100_000, kind) if d.id == number]:
+            return found[0]
+    raise UsageError(
+        f"expected the number of a decision on a rollout or a switch, found {number}; see `mwb audit list`"
+    )
 
 
 def read_looks(workspace: Workspace, rollout: str, until: float, step: int) -> list[dict[str, Any]]:
@@ -83,8 +94,11 @@ def read_rollout_decision(workspace: Workspace, number: int) -> RolloutDecision:
     settings = chosen.evidence.get("rules") or workspace.settings.rollout.model_dump()
     return RolloutDecision(chosen, tuple(looks), earlier, settings)
 
-# %% ../../nbs/pipeline/48_rollout_record.ipynb #2cd82a3b
-STAGE = "rollout_decision"
+# %% ../../nbs/pipeline/48_rollout_record.ipynb #bbbd13ab
+STAGES = {
+    "rollout": "rollout_decision",
+    "switch": "regime_decision",
+}  # kind of decision to notebook
 TIMEOUT_SECONDS = 300.0
 
 
@@ -92,10 +106,8 @@ def missing_records(workspace: Workspace, last: int = 500) -> list[DecisionRow]:
     """The decisions on rollouts, oldest first, whose notebook was neither written nor is known to have failed."""
     ledger, folder = Ledger(workspace.ledger_url), workspace.runs / "rollouts"
     tried = {d.evidence.get("decision") for d in ledger.decisions(last, "record")}
-    mine = [
-        d for d in ledger.decisions(last, "rollout") if folder in Path(d.record_path or "").parents
-    ]
-    return [d for d in reversed(mine) if d.id not in tried]
+    found = sorted((d for kind in STAGES for d in ledger.decisions(last, kind)), key=lambda d: d.id)
+    return [d for d in found if folder in Path(d.record_path or "").parents and d.id not in tried]
 
 
 def write_record(workspace: Workspace, decision: DecisionRow) -> str:
@@ -107,7 +119,7 @@ def write_record(workspace: Workspace, decision: DecisionRow) -> str:
     environment = {**os.environ, "MWB_WORKSPACE": str(workspace.root)}
     problem = ""
     try:
-        notebook = find_stage(workspace.root, STAGE)
+        notebook = find_stage(workspace.root, STAGES[decision.kind])
         done = execute(
             notebook.path, partial, parameters=notebook.schema.check({"decision": decision.id}), cwd=path.parent,
             environment=environment, log=path.with_suffix(".log"), kernelspecs=write_kernelspecs(workspace.kernels / "jupyter"),

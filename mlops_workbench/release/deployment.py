@@ -14,19 +14,20 @@ from typing import Any
 from ..core.clock import iso, now
 from ..core.bundle import read_manifest, verify_bundle
 from ..core.errors import BundleError, ConflictError, GateRefusedError, IntegrityError
-from ..core.ledger import Ledger
+from ..core.ledger import DecisionRow, Ledger, SlotRow
 from ..core.pointer import Pointer, SlotEntry, write_pointer
 from ..core.workspace import Workspace
 from .approvals import check_four_eyes
 
 # %% auto #0
-__all__ = ['CHAMPION', 'CHALLENGER', 'SHADOW', 'data_slot', 'Change', 'record_release', 'write_projection', 'next_release_name',
-           'deploy', 'former_champions', 'rollback_target', 'rollback', 'clear_release', 'set_default_data',
-           'default_data']
+__all__ = ['CHAMPION', 'CHALLENGER', 'SPECIAL', 'SHADOW', 'data_slot', 'Change', 'record_release', 'serving_regime',
+           'write_projection', 'next_release_name', 'deploy', 'former_champions', 'rollback_target', 'rollback',
+           'clear_release', 'set_default_data', 'default_data']
 
 # %% ../../nbs/release/03_deployment.ipynb #27ebf87f
 CHAMPION = "champion"
 CHALLENGER = "challenger"  # the slot of a release that a rollout gives a share of the traffic
+SPECIAL = "special:"  # and a name: a model that waits, loaded, for a regime that is foreseen
 SHADOW = "shadow"  # of one that gets a copy: its answers are kept and not given
 
 # %% ../../nbs/release/03_deployment.ipynb #ee686247
@@ -61,15 +62,9 @@ def record_release(
     ledger = Ledger(workspace.ledger_url)
     verdict = "approved" if report["passed"] else "refused"
     with ledger.decision(
-        "gate",
-        actor=actor,
-        subject=manifest.name,
-        verdict=verdict,
-        reason=report["reason"],
-        evidence=dict(report),
-        cycle=cycle,
-        record_path=record_path,
-    ) as change:
+        "gate", actor=actor, subject=manifest.name, verdict=verdict,
+        reason=report["reason"], evidence=dict(report), cycle=cycle, record_path=record_path,
+    ) as change:  # fmt: skip
         change.add_release(
             {
                 "digest": manifest.digest,
@@ -97,6 +92,24 @@ def _entry(ledger: Ledger, digest: str) -> SlotEntry:
     return SlotEntry(digest=release.digest, path=str(release.path), name=release.name)
 
 
+def serving_regime(ledger: Ledger, slot: SlotRow | None) -> DecisionRow | None:
+    """The switch that put the serving special to work; None while the ordinary release serves."""
+    last = next(iter(ledger.decisions(1, "switch")), None)
+    if last is None or slot is None or last.verdict != "switched":
+        return None
+    return last if last.evidence["epoch"] == slot.epoch else None
+
+
+def _specials(ledger: Ledger, champion: str) -> dict[str, SlotEntry]:
+    """The models for foreseen regimes by their slot: loaded and warm, without traffic."""
+    slots = [s for s in ledger.slots() if s.name.startswith(SPECIAL) and s.digest != champion]
+    return {
+        s.name: _entry(ledger, s.digest)
+        for s in slots
+        if ledger.release(s.digest).status != "barred"
+    }
+
+
 def write_projection(workspace: Workspace, ledger: Ledger | None = None) -> Pointer | None:
     """Write the pointer file from the ledger's champion slot and the open rollout; None while there is no champion."""
     ledger = ledger or Ledger(workspace.ledger_url)
@@ -110,6 +123,10 @@ def write_projection(workspace: Workspace, ledger: Ledger | None = None) -> Poin
         slots[place] = _entry(ledger, rollout.candidate)
         split = {CHAMPION: 1 - rollout.share, place: rollout.share}
         salt = f"{rollout.name} {rollout.started_at}"
+    if (switch := serving_regime(ledger, slot)) is not None:
+        slots[SHADOW] = _entry(ledger, switch.evidence["ordinary"])  # says what the switch avoids
+    slots |= _specials(ledger, slot.digest)
+    split |= {name: 0.0 for name in slots if name not in split}
     pointer = Pointer(epoch=slot.epoch, slots=slots, split=split, salt=salt)
     write_pointer(workspace.pointer_path, pointer)
     return pointer
@@ -153,6 +170,11 @@ def deploy(
         write_projection(workspace, ledger)
         previous = ledger.release(slot.previous_digest).name if slot.previous_digest else ""
         return Change(release.name, release.digest, previous, manifest.data_version, slot.epoch, 0)
+    if (switch := serving_regime(ledger, slot)) is not None:
+        raise ConflictError(
+            f"expected the ordinary release to serve, found the special of {switch.subject}; nothing was deployed; "
+            "go back first: mwb release switch --back"
+        )
     if (rollout := ledger.open_rollout()) is not None:
         raise ConflictError(
             f"expected no rollout under way, found {rollout.name} of {ledger.release(rollout.candidate).name}; "
@@ -162,15 +184,9 @@ def deploy(
     before = ledger.release(slot.digest).name if slot else ""
     reason = "all gates passed" if allowed else f"forced by {actor} although it is {release.status}"
     with ledger.decision(
-        "deploy",
-        actor=actor,
-        subject=release.name,
-        verdict="deployed" if allowed else "forced",
-        reason=reason,
-        evidence={"digest": release.digest, "previous": before},
-        cycle=cycle,
-        record_path=record_path,
-    ) as change:
+        "deploy", actor=actor, subject=release.name, verdict="deployed" if allowed else "forced",
+        reason=reason, evidence={"digest": release.digest, "previous": before}, cycle=cycle, record_path=record_path,
+    ) as change:  # fmt: skip
         epoch = change.set_slot(CHAMPION, release.digest, slot.epoch if slot else 0)
         if allowed:
             change.set_release_status(release.digest, "approved")
@@ -263,15 +279,9 @@ def rollback(
         "barred": bar,
     }
     with ledger.decision(
-        "rollback",
-        actor=actor,
-        subject=target.name,
-        verdict="rolled back",
-        reason=reason,
-        evidence=evidence,
-        cycle=cycle,
-        record_path=record_path,
-    ) as change:
+        "rollback", actor=actor, subject=target.name, verdict="rolled back",
+        reason=reason, evidence=evidence, cycle=cycle, record_path=record_path,
+    ) as change:  # fmt: skip
         epoch = change.set_slot(CHAMPION, target.digest, slot.epoch)
         if rollout is not None:
             change.move_rollout(
@@ -326,14 +336,9 @@ def set_default_data(
     if slot is not None and slot.digest == ref:
         return
     with ledger.decision(
-        "data",
-        actor=actor,
-        subject=ref,
-        verdict="default",
-        reason=reason,
-        cycle=cycle,
-        record_path=record_path,
-    ) as change:
+        "data", actor=actor, subject=ref, verdict="default",
+        reason=reason, cycle=cycle, record_path=record_path,
+    ) as change:  # fmt: skip
         change.set_slot(data_slot(ref), ref, slot.epoch if slot else 0)
 
 # %% ../../nbs/release/03_deployment.ipynb #a26add36

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from mlops_workbench.serving.models import LoadedModel
 
 # %% auto #0
-__all__ = ['BELIEF', 'Side', 'CopyFigures', 'Evidence', 'row_values', 'ripe_rows', 'since_both', 'read_evidence', 'failed_rows',
-           'adjusted_arms', 'row_covariate', 'beliefs']
+__all__ = ['BELIEF', 'Side', 'CopyFigures', 'Evidence', 'row_values', 'release_schema', 'ripe_rows', 'since_both',
+           'read_evidence', 'failed_rows', 'adjusted_arms', 'row_covariate', 'beliefs']
 
 # %% ../../nbs/release/17_rollout_evidence.ipynb #30d953e4
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def row_values(
     squares: NDArray[np.float64] = ((promised - wished) ** 2).sum(axis=1)
     return squares
 
-# %% ../../nbs/release/17_rollout_evidence.ipynb #a3a01b89
-def _schema(ledger: Ledger, digest: str) -> FeatureSchema:
+# %% ../../nbs/release/17_rollout_evidence.ipynb #01b9a172
+def release_schema(ledger: Ledger, digest: str) -> FeatureSchema:
     """The schema of a release, as its bundle has it."""
     folder = Path(ledger.release(digest).path)
     content = read_part(folder, read_manifest(folder), "features.json")
@@ -220,7 +220,7 @@ def _read_split(step: _Step) -> Evidence:
     rows = since_both(window.predictions, rollout.candidate)
     sides, ripe, values, names = [], [], [], []
     for digest in (rollout.champion, rollout.candidate):
-        mine, schema = rows[rows["release"] == digest], _schema(ledger, digest)
+        mine, schema = rows[rows["release"] == digest], release_schema(ledger, digest)
         ripe.append(ripe_rows(mine, schema.classes, step.ripe))
         values.append(step.values(ripe[-1], schema))
         names.append(_entities(ripe[-1], schema).to_numpy())
@@ -312,7 +312,10 @@ def _read_copy(step: _Step) -> Evidence:
         step.workspace.predictions, step.since, step.until, release=rollout.champion
     )
     copies = read_shadow(step.workspace.predictions, step.since, rollout.candidate)
-    schema, other = _schema(ledger, rollout.champion), _schema(ledger, rollout.candidate)
+    schema, other = (
+        release_schema(ledger, rollout.champion),
+        release_schema(ledger, rollout.candidate),
+    )
     first = copies["time"].min() if len(copies) else math.inf
     given = window.predictions[window.predictions["time"] >= first - 1]
     columns = ["id", "probabilities", "prediction", "latency_ms", "old_ms", "error"]

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from ..core.clock import timestamp
 from ..core.errors import ConflictError, GateRefusedError
 from ..core.files import canonical_json
-from ..core.ledger import Ledger, RolloutRow, share_words
+from ..core.assignment import share_words
+from ..core.ledger import Ledger, RolloutRow
 from ..core.ledger_schema import json_ready
 from ..core.settings import RolloutSettings
 from ..core.workspace import Workspace

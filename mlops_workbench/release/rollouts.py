@@ -18,7 +18,8 @@ from ..core.clock import iso, now
 from ..core.errors import ConflictError, GateRefusedError, UsageError
 from ..core.leases import Lease
 from ..core.change import Change
-from ..core.ledger import Ledger, RolloutRow, share_words
+from ..core.assignment import share_words
+from ..core.ledger import Ledger, RolloutRow
 from ..core.workspace import Workspace
 from .approvals import check_four_eyes
 from .deployment import CHAMPION, data_slot, write_projection
@@ -209,6 +210,10 @@ def _move(
     }
     slot, data = ledger.slot(CHAMPION), ledger.slot(data_slot(release.data_version))
     if promote:
+        if slot is None or slot.digest != rollout.champion:
+            raise ConflictError(
+                f"expected {champion.name} to serve, found another release; go back to it first: mwb release switch --back"
+            )
         verify_bundle(Path(release.path), release.digest)
     with _decision(
         workspace, rollout.name, rollout.version + 1, verdict, release.name, words,
