@@ -338,6 +338,7 @@ def test_mlflow_models_serve_says_the_same(tmp_path: Path) -> None:
         **os.environ,
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # it calls uvicorn
     }
     command = [
         sys.executable,

@@ -214,6 +214,7 @@ def command_of(
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # mlflow calls uvicorn by name
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "1",
         "OMP_NUM_THREADS": "1",
@@ -337,6 +338,7 @@ def table(servers: list[Served], kind: str) -> list[str]:
             ratio = " ".join(f"{value:.2f}" for value in ratios)
             goal = GOALS.get(each.name, (0.0, 0.0))[kind != "tabular"]
             ratio += f" ({goal:g})" if goal else ""
+            ratio += f"; CPU {middle(each.cpu_us) / middle(ours.cpu_us):.1f}"
             if each.name == "ours-2":
                 ratio = " ".join(f"{1 / value:.2f}" for value in ratios) + " of one (goal 1.6)"
         lines.append(
@@ -371,7 +373,9 @@ def compare(
                     served.stop()
             print("\n".join(table(servers, kind)), flush=True)
     print(
-        f"\nmedians of {rounds} rounds of {seconds:g} s on {os.cpu_count()} cores, the client included"
+        f"\nmedians of {rounds} rounds of {seconds:g} s on {os.cpu_count()} cores, the client included; "
+        f"load average of the machine {os.getloadavg()[0]:.1f}\n"
+        "CPU us: processor time of all its processes a request; behind the goal: how many times ours that is"
     )
     return 0
 
