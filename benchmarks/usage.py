@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mlops_workbench.cli.audit import as_of
+from mlops_workbench.core.asof import as_of
 from mlops_workbench.core.audit import seal_record
 from mlops_workbench.core.clock import iso, now
 from mlops_workbench.core.ledger import Ledger

@@ -122,6 +122,7 @@ def test_a_misspelt_key_is_never_taken(key: str, data: st.DataObject) -> None:
         ("[serving]\nport = -1\n", "settings.ini:2"),
         ("[rollout]\nsteps = 50, 5\n", "rising percentages"),
         ("[rollout]\nsteps = a few\n", "rollout.steps"),
+        ("[rollout]\nsteps = 5, shadow\n", "shadow before them"),
         ("[serving]\nport = 1.5\n", "serving.port"),
         ("[serving]\nport\n", "settings.ini"),
         ("[serving]\nport = 1\nport = 2\n", "already exists"),

@@ -1,6 +1,7 @@
 """From a delivered file to a version, by the commands: good rows come in, bad ones wait, bad files stay outside."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ from data_support import new_store, table
 
 from mlops_workbench.cli.main import main
 from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.data.forced import forced_rows
 from mlops_workbench.data.quarantine import quarantined
 from mlops_workbench.data.versions import DataStore
+from mlops_workbench.pages.data_views import diff_tables
+from mlops_workbench.pages.difference import difference_html
 from mlops_workbench.pipeline.data_line import default_versions
-from mlops_workbench.pipeline.evaluate import forced_rows
 from mlops_workbench.pipeline.reuse import named_version
 
 NAMES = ["--key", "id", "--label", "late"]
@@ -202,15 +205,164 @@ def test_a_drop_that_leaves_only_good_rows_is_no_longer_forced(
 ) -> None:
     frame, wrong = with_wrong_labels(1000, 400, first=2000)
     assert snapshot(store, frame, "--append", "--force") == 0
-    assert forced_rows(store, "own@v1.1") == 1000
+    assert forced_rows(store, "own@v1.1").sum() == 1000
     keys = tmp_path / "keys.json"
     few = sorted(wrong)[:100]
     keys.write_text(json.dumps(few))
     words = ["-w", str(store.root), "--keys-from", str(keys)]
     assert main(["data", "drop", "own@v1.1", *words]) == 0
-    assert forced_rows(store, "own") == 900  # the rest is no better
+    assert forced_rows(store, "own").sum() == 900  # the rest is no better
     keys.write_text(json.dumps(sorted(wrong)))
     assert main(["data", "drop", "own@v1.1", *words]) == 0
     version = store.resolve("own")
     assert (version.rows, version.parent, version.forced) == (2600, "own@v1.0", False)
-    assert forced_rows(store, "own") == 0
+    assert forced_rows(store, "own").sum() == 0
+
+
+def test_a_part_does_not_silently_take_the_place_of_the_whole(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A delivery of new rows without --append would have left the old ones out."""
+    assert snapshot(store, good(100, first=2000)) == 2
+    told = capsys.readouterr().err
+    assert "2,000 of them missing" in told and "--append" in told and "--replace" in told
+    assert store.resolve("own").ref == "own@v1.0"
+    assert snapshot(store, good(100, first=2000), "--append") == 0
+    assert snapshot(store, good(1200), "--force") == 0  # a good part of them: said by the row count
+    assert snapshot(store, good(100), "--replace") == 0
+    assert len(store.load("own")) == 100
+
+
+def test_a_changed_number_is_shown_in_digits_that_tell_the_change(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = good(2000).assign(price=23004.25)
+    assert snapshot(store, frame, "--force") == 0
+    frame.loc[5, "price"] = 23004.5
+    frame.loc[6, "price"] += 1e-9
+    assert snapshot(store, frame, "--force") == 0
+    capsys.readouterr()
+    assert main(["data", "diff", "own@v1.1", "own@v1.2", "-w", str(store.root)]) == 0
+    said = capsys.readouterr().out
+    assert "23,004.2  23,004.5" in re.sub(" {2,}", "  ", said)
+    assert "23,004.250000001" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "offered"), [("fast", False), ("9999", True)], ids=["no number", "absurd number"]
+)
+def test_force_is_offered_where_it_helps(
+    store: DataStore, capsys: pytest.CaptureFixture[str], text: str, offered: bool
+) -> None:
+    frame = good(100, first=2000).astype({"temperature": object})
+    frame.loc[:60, "temperature"] = text
+    assert snapshot(store, frame, "--append") == 4
+    assert ("--force" in capsys.readouterr().err) == offered
+    assert (snapshot(store, frame, "--append", "--force") == 0) == offered
+
+
+def test_the_page_and_the_command_say_the_same_of_a_batch(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = good(300, first=2000)
+    frame["temperature"] *= 100
+    capsys.readouterr()
+    assert snapshot(store, frame, "--append", "--force") == 0
+    said = capsys.readouterr().out
+    tables = diff_tables(store, store.resolve("own@v1.0"), store.resolve("own@v1.1"))
+    words = {row[0]: row[5] for row in tables["columns"][1]}
+    assert words["temperature"].startswith("peak moved right by")
+    assert f"temperature: {words['temperature']}; effect" in said
+    shown = difference_html(
+        {
+            name: [dict(zip(head, row, strict=True)) for row in rows]
+            for name, (head, rows) in tables.items()
+        }
+    )
+    assert "300 rows new or changed in own@v1.1" in shown
+
+
+def test_rows_that_hold_the_same_are_one_decision_in_the_data_set_where_they_wait(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = good(100, first=2000).round(3)
+    assert snapshot(store, pd.concat([frame, frame[3:4], frame[3:4]]), "--append") == 0
+    capsys.readouterr()
+    here = ["-w", str(store.root)]
+    assert main(["data", "review", *here]) == 0  # the recipe's data set is another one
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:4] == ["data", "set", "key", "copies"] and len(lines) == 3
+    assert lines[2].startswith("own") and f"temperature {frame['temperature'][3]:.4g}" in lines[2]
+    assert main(["data", "review", "--accept", frame["id"][3], *here]) == 0
+    said = capsys.readouterr().out
+    assert "3 rows accepted" in said and "0 still waiting" in said
+    assert store.load("own")["id"].tolist().count(frame["id"][3]) == 1
+    changed = frame[3:4].assign(temperature=frame["temperature"][3] + 1)
+    assert snapshot(store, pd.concat([good(100, first=2100), changed, changed]), "--append") == 0
+    assert main(["data", "review", "own", "--accept-all", *here]) == 0
+    assert "in place of 1 row of the same key" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["checkout", "own@v1.0", "{file}/x"], "expected a place that can be written"),
+        (["push", "own@v1.0", "--to", "{file}/x"], "expected a folder that can be written"),
+        (["import", "other", "absent"], "found none at"),
+        (["snapshot", "{file}"], "did you mean --from"),
+        (["snapshot", "own", "{file}", "--from", "{file}"], "expected one file"),
+    ],
+)
+def test_a_place_that_cannot_be_used_is_one_clear_line(
+    store: DataStore,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    told: str,
+) -> None:
+    monkeypatch.chdir(store.root)
+    file = store.root.parent / "delivered.csv"
+    capsys.readouterr()
+    assert main(["data", *(word.format(file=file) for word in words)]) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1 and "dvc get" not in said
+
+
+def test_an_empty_file_is_called_empty(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert snapshot(store, "", "--append") == 1
+    said = capsys.readouterr().err
+    assert "found an empty file" in said and "damaged" not in said
+
+
+def test_a_version_needs_its_number_alone_where_the_data_set_is_clear(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = ["-w", str(store.root)]
+    assert snapshot(store, good(2100)) == 0
+    assert main(["data", "tag", "own@v1.0", "golden", *here]) == 0
+    capsys.readouterr()
+    for sides in (["golden", "v1.1"], ["own@v1.0", "v1.1"], ["v1.0", "own"]):
+        assert main(["data", "diff", *sides, *here]) == 0
+        assert "own@v1.0 -> own@v1.1: 100 added" in capsys.readouterr().out
+    store.snapshot("more", good(10), key="id", label="late")
+    assert main(["data", "diff", "golden", "own@v1.1", *here]) == 0
+    assert main(["data", "diff", "golden", "v1.1", *here]) == 1
+    assert "did you mean own@golden" in capsys.readouterr().err
+
+
+def test_one_row_is_called_one_row(
+    store: DataStore, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    capsys.readouterr()
+    assert snapshot(store, good(2001)) == 0
+    here = ["-w", str(store.root)]
+    assert main(["data", "push", "own@v1.1", "--to", str(tmp_path / "remote"), *here]) == 0
+    frame = good(2001)
+    frame.loc[7, "carrier"] = "DL" if frame["carrier"][7] != "DL" else "UA"
+    assert snapshot(store, frame) == 0
+    assert main(["data", "diff", "own@v1.1", "own@v1.2", *here]) == 0
+    said = capsys.readouterr().out
+    assert "1 version to" in said and "carrier: 1 row changed" in said
+    assert not re.search(r"\b1 (rows|versions|objects|files)\b", said), said

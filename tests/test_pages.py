@@ -4,7 +4,9 @@ import asyncio
 import gc
 import json
 import os
+import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -27,6 +29,8 @@ from pages_support import (
 )
 
 from mlops_workbench.cli.main import main
+from mlops_workbench.cli.pages import noted_address
+from mlops_workbench.cli.status import services
 from mlops_workbench.core.workspace import Workspace, create_workspace
 from mlops_workbench.pages import reader
 from mlops_workbench.pages.experiments import ExperimentsPage
@@ -293,8 +297,6 @@ def test_pages_leave_no_process_when_they_are_killed(tmp_path: Path) -> None:
 
 
 def test_a_taken_port_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import socket
-
     workspace = create_workspace(tmp_path / "w")
     port = free_port()
     with socket.socket() as other:
@@ -317,3 +319,24 @@ def test_the_newest_of_many_looks_and_runs_are_kept(tmp_path: Path) -> None:
     reader.refresh(workspace, {})
     assert len(read_table(workspace.read_models / "experiments.db", "runs")) == 500
     assert len(read_table(workspace.read_models / "monitoring.db", "looks")) == 200
+
+
+def test_status_tells_where_the_pages_of_this_workspace_run(tmp_path: Path) -> None:
+    workspace = create_workspace(tmp_path / "w")
+
+    def told() -> tuple[str, str]:
+        found = {each["service"]: each for each in services(workspace)}["pages"]
+        return found["state"], found["address"]
+
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        place.listen()
+        address = f"http://127.0.0.1:{place.getsockname()[1]}"
+        with noted_address(workspace, address):
+            assert told() == ("answers", address)
+        settings = workspace.root / "settings.ini"
+        port = f"port = {place.getsockname()[1]} "
+        settings.write_text(re.sub(r"port = 8866 ", port, settings.read_text()))
+        workspace = Workspace.open(workspace.root)
+        assert told() == ("not running; another program listens there", address)
+    assert told() == ("not running", address)

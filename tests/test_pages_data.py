@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from data_support import new_store, table
 from pages_support import make_data, wait_until
 
+from mlops_workbench.cli.main import main
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
 from mlops_workbench.data.quarantine import review_list
@@ -212,3 +214,41 @@ def test_a_new_version_is_compared_without_being_asked(workspace: Workspace) -> 
 
         wait_until(is_compared, 60)
     assert model_mark(model) != before
+
+
+def test_the_page_opens_on_the_data_set_of_the_recipe(workspace: Workspace) -> None:
+    settings = workspace.root / "settings.ini"
+    for recipe, opened in (("flights", "hours"), ("digits", "digits")):
+        text = re.sub(r"(?m)^recipe = \w+", f"recipe = {recipe}", settings.read_text())
+        settings.write_text(text)
+        assert reader.refresh_once(Workspace.open(workspace.root)) == 0
+        page = DataPage(workspace.read_models)
+        assert page.name.value == opened  # of no recipe's own: the newest
+    assert "100 labels of digits@v1.3" in page.diagnosis.value
+    page.name.value = "hours"
+    assert "No diagnosis of this data set yet" in page.diagnosis.value
+
+
+def test_a_remedy_that_was_applied_is_no_longer_asked_for(workspace: Workspace) -> None:
+    assert reader.refresh_once(workspace) == 0
+    assert "What to do" in data_page(workspace).diagnosis.value
+    ledger, words = Ledger(workspace.ledger_url), "100 rows left out of digits@v1.3"
+    with ledger.decision(
+        "data", actor="ada", subject="digits@v1.4", verdict="default", reason=words
+    ):
+        pass
+    ledger.close()
+    assert reader.refresh_once(workspace) == 0
+    shown = data_page(workspace).diagnosis.value
+    assert "What was done" in shown and "What to do" not in shown and "by ada" in shown
+
+
+def test_a_tag_stands_beside_its_version_until_it_is_removed(workspace: Workspace) -> None:
+    command = ["data", "tag", "digits@v1.1", "golden", "-w", str(workspace.root)]
+    for more, count in (([], 1), (["--remove"], 0)):
+        assert main([*command, *more]) == 0
+        assert reader.refresh_once(workspace) == 0
+        assert data_page(workspace).timeline.value.count(">golden</span>") == count
+    decisions = Ledger(workspace.ledger_url).decisions(kind="tag")
+    assert [decision.verdict for decision in decisions] == ["removed", "set"]
+    assert main([*command, "--remove"]) == 2

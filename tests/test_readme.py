@@ -206,7 +206,7 @@ def test_the_next_month_and_the_answered_requests_join_the_data(
     following = own_table.with_name("next.csv")
     customers(500, seed=4).to_csv(following, index=False)
     said = run(f"{line[1]}{following} prepare", folder).stdout
-    assert "mine@v1.1: 2000 rows, 500 of them new, accepted" in said
+    assert "mine@v1.1: 2,000 rows, 500 of them new, accepted" in said
     renamed = own_table.with_name("renamed.csv")
     customers(500, seed=5).rename(columns={"minutes": "minute"}).to_csv(renamed, index=False)
     refused = run(f"{line[1]}{renamed} prepare", folder, exit_code=4)
@@ -219,7 +219,7 @@ def test_the_next_month_and_the_answered_requests_join_the_data(
     assert httpx.post(f"{url}/feedback", json={"feedback": truth}).json()["accepted"] == 300
     window = f"-p prepare.log_since={begun - 1} -p prepare.log_until={time.time() + 1}"
     said = run(f"mwb run prepare --cycle new {window}", folder).stdout
-    assert "mine@v1.2: 2300 rows, 300 of them new, accepted" in said
+    assert "mine@v1.2: 2,300 rows, 300 of them new, accepted" in said
 
 
 @pytest.mark.timeout(300)

@@ -29,7 +29,8 @@ from mlops_workbench.core.errors import ConflictError, IntegrityError
 from mlops_workbench.core.ledger import Ledger, RolloutRow
 from mlops_workbench.core.workspace import Workspace
 from mlops_workbench.release.deployment import deploy, record_release, rollback
-from mlops_workbench.release.rollout_judge import read_evidence, tend_rollout
+from mlops_workbench.release.rollout_evidence import read_evidence
+from mlops_workbench.release.rollout_judge import tend_rollout
 from mlops_workbench.release.rollouts import advance_rollout, start_rollout, the_rollout
 
 QUICK = {"minimum_minutes": 0, "minimum_rows": 200, "margin": 0.1}
@@ -313,7 +314,7 @@ def test_the_deploy_stage_starts_a_rollout_where_the_settings_ask_for_one(
     workspace, old, new = release_pair(tmp_path / "w", steps="5, 50")
     here = ["-w", str(workspace.root)]
     assert main(["run", "deploy", "-p", f"deploy.release={new}", *here]) == 0
-    assert f"{new} (flights@v1.0) gets 5% of the traffic beside {old}" in capsys.readouterr().out
+    assert f"{new} (flights@v1.0) gets 5 % of the traffic beside {old}" in capsys.readouterr().out
     assert split(workspace) == {"champion": 0.95, "challenger": 0.05}
     started = Ledger(workspace.ledger_url).decisions(kind="rollout")[0]
     assert started.record_path is not None and Path(started.record_path).is_file()

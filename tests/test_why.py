@@ -14,7 +14,10 @@ from why_support import off_by_one, plant, score
 
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import create_workspace
+from mlops_workbench.data.drop import drop_rows
+from mlops_workbench.data.forced import forced_rows
 from mlops_workbench.data.intake import deliver, judge, take_in
+from mlops_workbench.data.validation import ValidationReport
 from mlops_workbench.data.versions import DataStore
 from mlops_workbench.experiment.export import export_model
 from mlops_workbench.experiment.recorder import Recorder
@@ -341,3 +344,44 @@ def test_two_states_that_nobody_knows_are_one_line(tmp_path: Path) -> None:
     done = mwb(workspace, "why", "digits-r1", "digits-r2")
     assert done.returncode != 0 and "release on record" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def _forced_then(folder: Path, dropped: int) -> tuple[DataStore, list[str]]:
+    """600 digits; 300 with labels off by one, forced in; the same without the first `dropped` of these."""
+    store = DataStore(create_workspace(folder / "w", name="digits", recipe="digits"))
+    rows = digits.source("0:900")
+    first = store.snapshot("digits", rows[:600], key="picture_id", label="label").ref
+    spoilt = pd.concat([rows[:600], off_by_one(rows[600:])], ignore_index=True)
+    refused = ValidationReport("refuse", (), 300, 600)
+    how = {"key": "picture_id", "label": "label"}
+    second = store.snapshot("digits", spoilt, force=True, report=refused, **how).ref
+    keys = spoilt["picture_id"][600 : 600 + dropped].tolist()
+    third = drop_rows(store, second, keys, message="wrong labels").ref
+    return store, [first, second, third]
+
+
+def test_the_repair_of_forced_rows_is_not_accused(tmp_path: Path) -> None:
+    """Asked the wrong way round, it judges by rows that nobody doubts and sends nobody back to the bad ones."""
+    store, (first, second, third) = _forced_then(tmp_path, dropped=300)
+    found = diagnose(store.workspace, digits, good=second, bad=third)
+    assert found.verdict == "nobody", found.summary
+    assert found.culprit is not None
+    assert (
+        found.culprit.reference == f"{second}, without 300 rows that were forced in or taken back"
+    )
+    remedy = choose_remedy(found, "keys.json")
+    assert remedy.command == "", remedy
+    again = diagnose(store.workspace, digits, good=first, bad=second)
+    assert again.verdict == "data" and again.culprit is not None
+    assert set(again.culprit.batch_keys) == set(store.load(second)["picture_id"][600:])
+
+
+def test_what_is_left_of_a_refused_batch_stays_marked(tmp_path: Path) -> None:
+    """Nine tenths of a forced batch are left out: the rest is no better, and the gates hear of it."""
+    store, (_, second, third) = _forced_then(tmp_path, dropped=270)
+    assert forced_rows(store, third).sum() == 30
+    shown = json.loads(mwb(store.workspace, "data", "show", third, "--json").stdout)
+    assert shown["rows_against_checks"] == 30 and shown["parent"] == second
+    done = mwb(store.workspace, "data", "drop", third, "--forced")
+    assert done.returncode == 0 and "600 rows" in done.stdout and not done.stderr, done.stderr
+    assert forced_rows(store, "digits").sum() == 0

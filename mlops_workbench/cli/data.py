@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,14 @@ from mlops_workbench.cli.data_support import (
     waiting,
 )
 from mlops_workbench.cli.options import (
+    cell_text,
     json_option,
     print_json,
     print_record,
     print_table,
     workspace_option,
 )
+from ..core.digits import counted
 from ..core.errors import UsageError, WorkbenchError
 
 if TYPE_CHECKING:
@@ -54,7 +56,14 @@ def data() -> None:
     Example: mwb data diff flights@v1.0 flights@v1.1
     """
 
-# %% ../../nbs/cli/09_data.ipynb #2f80b13d
+# %% ../../nbs/cli/09_data.ipynb #6c938237
+def _one_file(file: Path | None, source: Path | None) -> Path | None:
+    """The file that was named behind NAME or with --from; UsageError when both were."""
+    if file is not None and source is not None:
+        raise UsageError(f"expected one file, found {file} and --from {source}; leave one out")
+    return file or source
+
+
 def _snapshot_rows(store: DataStore, name: str, file: Path | None, selection: str) -> pd.DataFrame:
     """The rows of a file, or of the recipe's source; raises UsageError when neither can give them."""
     from mlops_workbench.data.sources import read_table
@@ -67,21 +76,24 @@ def _snapshot_rows(store: DataStore, name: str, file: Path | None, selection: st
         rows = read_table(str(file), file)
         return delivered_rows(recipe, rows) if name == recipe.dataset else rows
     if name != recipe.dataset:
+        meant = f"; did you mean --from {name}?" if Path(name).is_file() else ""
         raise UsageError(
             f"expected --from FILE for the data set {name!r}, found none; only {recipe.dataset!r} "
-            "comes from the recipe of this workspace"
+            f"comes from the recipe of this workspace{meant}"
         )
     return recipe.source(selection or "all")
 
 # %% ../../nbs/cli/09_data.ipynb #e4355df5
 @data.command("snapshot")
 @click.argument("name", required=False, default="")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option("-m", "--message", default="", help="Why this version is made.")
-@click.option("--from", "file", type=click.Path(path_type=Path), help="A CSV or Parquet file.")
+@click.option("--from", "source", type=click.Path(path_type=Path), help="A CSV or Parquet file.")
 @click.option("--selection", default="", help="Which rows of the recipe's source.", metavar="TEXT")
 @click.option(
     "--append", is_flag=True, help="Add the rows to the default version; known keys are replaced."
 )
+@click.option("--replace", is_flag=True, help="Also when most of the rows before are not in it.")
 @click.option("--key", default="", help="The column that names a row.", metavar="COLUMN")
 @click.option("--label", default="", help="The column to predict.", metavar="COLUMN")
 @click.option(
@@ -94,10 +106,12 @@ def _snapshot_rows(store: DataStore, name: str, file: Path | None, selection: st
 @json_option
 def snapshot(
     name: str,
-    message: str,
     file: Path | None,
+    message: str,
+    source: Path | None,
     selection: str,
     append: bool,
+    replace: bool,
     key: str,
     label: str,
     order: tuple[str, ...],
@@ -107,7 +121,7 @@ def snapshot(
     workspace: Path | None,
     as_json: bool,
 ) -> None:
-    """Store a table as the next version of NAME (default: the recipe's data set), the default from now on.
+    """Store FILE, or the recipe's rows, as the next version of NAME (default: the recipe's); the default from now on.
 
     New and changed rows are checked first: single bad ones wait in quarantine (`mwb data review`), and a batch that
     is bad as a whole is refused, with exit code 4. Both stay on record.
@@ -119,9 +133,10 @@ def snapshot(
     store = open_store(workspace)
     with waiting("reading, checking and storing the rows"):
         name = name or _recipe_dataset(store)
-        rows = _snapshot_rows(store, name, file, selection)
+        rows = _snapshot_rows(store, name, _one_file(file, source), selection)
         about = version_columns(store, name, list(rows.columns), key, label)
-        about |= {"append": append, "order": order, "batch": batch, "message": message}
+        about |= {"append": append, "replace": replace, "order": order}
+        about |= {"batch": batch, "message": message}
         try:
             intake = take_rows(store, name, rows, force=force, minor=not major, **about)
         except BatchRefusedError as error:
@@ -129,7 +144,7 @@ def snapshot(
                 print_json(error.report.summary())
             raise
     files = intake.version.files if intake.version is not None else 0
-    tell_intake(intake, name, f"in {files} files", as_json)
+    tell_intake(intake, name, f"in {counted(files, 'file')}", as_json)
 
 # %% ../../nbs/cli/09_data.ipynb #54d48da1
 def _recipe_dataset(store: DataStore) -> str:
@@ -202,11 +217,13 @@ def show_version(ref: str, workspace: Path | None, as_json: bool) -> None:
 
     Example: mwb data show flights@v1.1
     """
+    from mlops_workbench.data.forced import forced_rows
     from mlops_workbench.recipes.protocol import class_name, known_classes
 
     store = open_store(workspace)
     version = store.resolve(ref)
-    record = {**store.show(version.ref), **_links(store, [version])[0]}
+    against = {"rows_against_checks": int(forced_rows(store, version).sum())}
+    record = {**store.show(version.ref), **against, **_links(store, [version])[0]}
     if not as_json:
         record["manifest"] = record["manifest"]["sha256"]
         record["validation"] = record["validation"].get("verdict", "not validated")
@@ -226,43 +243,64 @@ def show_version(ref: str, workspace: Path | None, as_json: bool) -> None:
 def show_diff(before: str, after: str, rows: int, workspace: Path | None, as_json: bool) -> None:
     """Show what changed from one version to another: rows, columns, labels.
 
-    Example: mwb data diff flights@v1.0 flights@v1.1 --rows 20
+    A second version of the same data set needs no more than its number or name.
+
+    Example: mwb data diff flights@v1.0 v1.1 --rows 20
     """
+    from mlops_workbench.data.names import whole_ref
     from mlops_workbench.recipes.protocol import class_name, known_classes
 
     store = open_store(workspace)
-    sides = store.resolve(before), store.resolve(after)
+    refs = whole_ref(store.workspace, before, after), whole_ref(store.workspace, after, before)
+    sides = store.resolve(refs[0]), store.resolve(refs[1])
     with waiting("comparing"):
         difference = store.diff(*sides)
     if as_json:
         print_json({**difference.summary(), "rows": _diff_rows(difference, rows)})
         return
-    counts = ", ".join(f"{count:,} {kind}" for kind, count in difference.counts.items())
-    click.echo(f"{difference.before} -> {difference.after}: {counts}")
-    for column, count in difference.by_column.items():
-        click.echo(f"  {column}: {count:,} rows changed")
     classes = known_classes(store.workspace, sides[1].name)
-    for (old, new), count in difference.flows.items():
-        click.echo(
-            f"  label {class_name(old, classes)} -> {class_name(new, classes)}: {count:,} rows"
-        )
-    for kind, names in (("new", difference.columns_added), ("gone", difference.columns_removed)):
-        for name in names:
-            click.echo(f"  column {name!r}: {kind}")
-    for name, was, became in difference.retyped:
-        click.echo(f"  column {name!r}: type {was} -> {became}")
+    for line in _diff_lines(difference, classes):
+        click.echo(line)
     named = {sides[1].label, "from", "to"}
     for kind, found in _diff_rows(difference, rows).items():
         table = [
             {
                 name: class_name(cell, classes) if name in named else cell
-                for name, cell in row.items()
+                for name, cell in _told_apart(row).items()
             }
             for row in found
         ]
         if table:
             click.echo(f"\n{kind}, the first {len(table)}:")
             print_table(table, False)
+
+# %% ../../nbs/cli/09_data.ipynb #dfef3bb6
+def _diff_lines(difference: DataDiff, classes: Sequence[str]) -> Iterator[str]:
+    """What changed, counted: rows of each kind, columns, labels, types."""
+    from mlops_workbench.recipes.protocol import class_name
+
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in difference.counts.items())
+    yield f"{difference.before} -> {difference.after}: {counts}"
+    for column, count in difference.by_column.items():
+        yield f"  {column}: {counted(count, 'row')} changed"
+    for (old, new), count in difference.flows.items():
+        flow = f"{class_name(old, classes)} -> {class_name(new, classes)}"
+        yield f"  label {flow}: {counted(count, 'row')}"
+    for kind, names in (("new", difference.columns_added), ("gone", difference.columns_removed)):
+        for name in names:
+            yield f"  column {name!r}: {kind}"
+    for name, was, became in difference.retyped:
+        yield f"  column {name!r}: type {was} -> {became}"
+
+# %% ../../nbs/cli/09_data.ipynb #86c45e5b
+def _told_apart(row: dict[str, Any]) -> dict[str, Any]:
+    """A changed cell with both values in as many digits as show the change; another row as it is."""
+    from mlops_workbench.core.digits import told_apart
+
+    if set(row) != {"key", "column", "before", "after"}:
+        return row
+    before, after = told_apart(row["before"], row["after"], cell_text)
+    return {**row, "before": before, "after": after}
 
 # %% ../../nbs/cli/09_data.ipynb #56e53748
 def _diff_rows(difference: DataDiff, limit: int) -> dict[str, list[dict[str, Any]]]:

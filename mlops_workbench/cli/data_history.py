@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from ..core.digits import counted
 from .data_support import open_store, read_keys, waiting
 from mlops_workbench.cli.options import (
     json_option,
@@ -98,7 +99,7 @@ def rollback(ref: str, reason: str, workspace: Path | None, as_json: bool) -> No
         click.echo(f"{back.ref} is the default version already")
     else:
         click.echo(
-            f"{back.ref} ({back.rows:,} rows) is the default version in place of {back.previous}"
+            f"{back.ref} ({counted(back.rows, 'row')}) is the default version in place of {back.previous}"
         )
         click.echo(f"do not count any more: {', '.join(back.withdrawn) or 'none'}; all are kept")
         click.echo(f"undo: mwb data rollback {back.previous}; a new model: mwb run train")
@@ -109,16 +110,24 @@ def rollback(ref: str, reason: str, workspace: Path | None, as_json: bool) -> No
 @click.command("tag")
 @click.argument("ref")
 @click.argument("label", required=False)
+@click.option("--remove", is_flag=True, help="Take the name away; the version stays.")
 @workspace_option
 @json_option
-def tag(ref: str, label: str | None, workspace: Path | None, as_json: bool) -> None:
+def tag(ref: str, label: str | None, remove: bool, workspace: Path | None, as_json: bool) -> None:
     """Give the version REF a name of yours, such as golden; without LABEL, list the names it has.
+
+    Both what is given and what is taken away stand in the audit.
 
     Example: mwb data tag flights@v1.2 golden
     """
-    from mlops_workbench.data.names import name_version, named_versions
+    from mlops_workbench.data.names import name_version, named_versions, remove_name
 
     store = open_store(workspace)
+    if remove:
+        gone = remove_name(store, ref, label or "")
+        said = f"{gone.name} is no longer a name of {gone.ref}"
+        print_record(vars(gone), as_json) if as_json else click.echo(said)
+        return
     if label is None:
         found = named_versions(store.root, [store.resolve(ref)])
         print_table(
@@ -167,8 +176,8 @@ def collect_garbage(
     rows += [{"version": ref, "stays for": "nothing"} for ref in found.dropped]
     print_table(rows, False, empty="no data version yet")
     click.echo(
-        f"{'deleted' if yes else 'would delete'}: {found.cache_objects} objects of the cache, "
-        f"{found.remote_objects} objects of the remote; {found.bytes:,} bytes"
+        f"{'deleted' if yes else 'would delete'}: {counted(found.cache_objects, 'object')} of the cache, "
+        f"{counted(found.remote_objects, 'object')} of the remote; {counted(found.bytes, 'byte')}"
     )
     if not yes:
         click.echo("nothing was deleted; add --yes")

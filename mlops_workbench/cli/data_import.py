@@ -43,6 +43,7 @@ __all__ = ['import_data']
     help="For pictures: a CSV with the columns path and label, instead of the folders' names.",
 )
 @click.option("--append", is_flag=True, help="Add the rows; known keys are replaced.")
+@click.option("--replace", is_flag=True, help="Also when most of the rows before are not in it.")
 @click.option("-m", "--message", default="", help="Why this version is made.")
 @click.option("--batch", default="", help="A name for the new rows.", metavar="TEXT")
 @click.option("--force", is_flag=True, help="Take rows that validation refuses; stays on record.")
@@ -55,6 +56,7 @@ def import_data(
     label: str,
     labels: Path | None,
     append: bool,
+    replace: bool,
     message: str,
     batch: str,
     force: bool,
@@ -78,7 +80,7 @@ def import_data(
         as_files = found.kind == "pictures" and rows is found.frame
         named = (key or found.key, label or found.label) if as_files else (key, label)
         about = version_columns(store, name, list(rows.columns), *named)
-        about |= {"append": append, "batch": batch, "force": force}
+        about |= {"append": append, "replace": replace, "batch": batch, "force": force}
         about |= {"pictures": IMAGE if as_files else ""}
         message = message or f"imported from {found.origin}"
         intake = take_rows(store, name, rows, message=message, **about)

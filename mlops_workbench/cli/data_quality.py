@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import sys
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .options import json_option, print_json, print_table, workspace_option
+from mlops_workbench.cli.options import (
+    cell_text,
+    json_option,
+    print_json,
+    print_table,
+    workspace_option,
+)
+from ..core.digits import counted
 from ..core.errors import DataRefusedError, UsageError
 from ..core.workspace import Workspace
 
@@ -55,7 +63,9 @@ def infer_schema(
         {"column": p.column, "rule": p.rule, "rows": p.count, "keys": list(p.examples)}
         for p in found
     ]
-    print_table(rows, as_json, empty=f"{len(frame):,} rows keep every rule of {version.ref}")
+    print_table(
+        rows, as_json, empty=f"every rule of {version.ref} holds in {counted(len(frame), 'row')}"
+    )
     if found:
         raise DataRefusedError(
             f"expected rows as in {version.ref}, found {len(found)} broken rules in {file}; correct the rows, or "
@@ -89,20 +99,23 @@ def review(
     workspace: Path | None,
     as_json: bool,
 ) -> None:
-    """Show the rows of NAME in quarantine; take them in or turn them down.
+    """Show the rows of NAME in quarantine (default: of every data set); take them in or turn them down.
+
+    Rows that hold the same are shown once, and decided together.
 
     Example: mwb data review flights --accept 2013-06-01T05-UA-EWR-IAH -m "checked by hand"
     """
     from getpass import getuser
 
-    from mlops_workbench.data.quarantine import review_list, review_rows
+    from mlops_workbench.data.quarantine import review_list, review_rows, waiting_names
     from mlops_workbench.data.versions import DataStore
 
     store = DataStore(Workspace.open(workspace))
-    name = name or _dataset(store).split("@")[0]
+    names = [name] if name else waiting_names(store)
     if not (accept or reject or accept_all):
-        _show_waiting(review_list(store, name), as_json)
+        _show_waiting({each: review_list(store, each) for each in names}, not name, as_json)
         return
+    name = _one_name(names) if names else _dataset(store).split("@")[0]
     if accept_all:
         turned = set(reject)
         accept = tuple(r["id"] for r in review_list(store, name) if r["id"] not in turned)
@@ -110,21 +123,57 @@ def review(
     if as_json:
         print_json(done)
         return
-    made = f"; they are in {done.version}, the new default" if done.version else ""
+    made = f"; {done.version} is the new default: {done.note}" if done.version else ""
     click.echo(
-        f"{len(done.accepted)} rows accepted{made}; {len(done.rejected)} rejected; ", nl=False
+        f"{counted(len(done.accepted), 'row')} accepted{made}; {len(done.rejected):,} rejected; "
+        f"{done.waiting:,} still waiting (decision {done.decision})"
     )
-    click.echo(f"{done.waiting} still wait (decision {done.decision})")
 
-# %% ../../nbs/cli/26_data_quality.ipynb #601e28c1
-def _show_waiting(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """The waiting rows as a table, without their values, or as JSON with them."""
+# %% ../../nbs/cli/26_data_quality.ipynb #d83a418e
+def _one_name(names: Sequence[str]) -> str:
+    """The only data set with rows that wait; UsageError where there are more."""
+    if len(names) > 1:
+        raise UsageError(
+            f"expected the name of a data set, found rows of {', '.join(names)} waiting; "
+            f"for example mwb data review {names[0]} --accept-all"
+        )
+    return names[0]
+
+# %% ../../nbs/cli/26_data_quality.ipynb #0a2e5754
+def _show_waiting(
+    waiting: Mapping[str, list[dict[str, Any]]],  # rows by data set
+    with_names: bool,
+    as_json: bool,
+) -> None:
+    """The waiting rows of some data sets as a table with their values in few words, or as JSON."""
+    rows = [{"dataset": name, **row} for name, found in waiting.items() for row in found]
     if as_json:
         print_json(rows)
         return
-    shown = [{key: row[key] for key in row if key not in ("values", "at")} for row in rows]
+    many = any(row["copies"] > 1 for row in rows)
+    shown = [
+        {
+            **({"data set": row["dataset"]} if with_names else {}),
+            "key": row["id"],
+            **({"copies": row["copies"]} if many else {}),
+            "values": _few_words(row),
+            **{part: row[part] for part in ("label", "likely", "probability", "reason", "batch")},
+        }
+        for row in rows
+    ]
     print_table(shown, False, empty="no row waits for a review")
     if shown and sys.stdout.isatty():
         click.echo(
-            "take rows in with --accept KEY or --accept-all, turn them down with --reject KEY"
+            f"take rows in with mwb data review {rows[0]['dataset']} --accept KEY or --accept-all, "
+            "turn them down with --reject KEY"
         )
+
+# %% ../../nbs/cli/26_data_quality.ipynb #141c6679
+def _few_words(row: Mapping[str, Any], most: int = 60) -> str:
+    """The cells of a waiting row, without its key and its label, which stand beside them."""
+    said = {str(row["id"]), str(row["label"])}
+    cells = [
+        f"{name} {cell_text(cell)}" for name, cell in row["values"].items() if str(cell) not in said
+    ]
+    text = ", ".join(cells)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import print_json
-from ..core.errors import UsageError
+from ..core.digits import counted
+from ..core.errors import DataError, UsageError
 from ..core.workspace import Workspace
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mlops_workbench.data.intake import Intake
+    from mlops_workbench.data.intake import Delivery, Intake
+    from mlops_workbench.data.records import DataVersion
     from mlops_workbench.data.versions import DataStore
 
 # %% auto #0
@@ -95,6 +97,17 @@ def version_columns(
             )
     return known
 
+# %% ../../nbs/cli/26_data_support.ipynb #fdea25de
+def _is_storable(rows: pd.DataFrame, key: str, label: str, order: Sequence[str]) -> bool:
+    """Whether the rows can be a version at all, whatever they say: one type a column, each key once."""
+    from mlops_workbench.data.records import prepare_rows
+
+    try:
+        prepare_rows("rows", rows, key=key, label=label, order=order)
+    except DataError:
+        return False
+    return True
+
 # %% ../../nbs/cli/26_data_support.ipynb #ee26b34e
 def take_rows(
     store: DataStore,
@@ -106,6 +119,7 @@ def take_rows(
     schema: Any = None,
     features: Sequence[str] | None = None,
     append: bool = False,
+    replace: bool = False,  # also when the table has less than half of the rows before
     order: Sequence[str] = (),
     pictures: str = "",
     force: bool = False,
@@ -115,7 +129,8 @@ def take_rows(
 ) -> Intake:
     """Judge rows and make the good ones the next version of a data set and its default.
 
-    Raises DataError for a table that cannot be a version and BatchRefusedError for rows that the checks refuse.
+    Raises DataError for a table that cannot be a version, UsageError for one that lacks most of the rows before, and
+    BatchRefusedError for rows that the checks refuse.
     """
     from mlops_workbench.data.intake import deliver, judge, take_in
     from mlops_workbench.data.validation import refuse
@@ -136,6 +151,9 @@ def take_rows(
             "pictures": pictures,
         }
         report = judge(store, delivery, **names, **how)
+        is_refused = report is not None and report.verdict == "refuse" and not force
+        if base is not None and not replace and not is_refused:
+            _expect_most_rows(base, delivery, key)
         made: dict[str, Any] = {
             "message": message,
             "source_batch": batch,
@@ -156,17 +174,27 @@ def take_rows(
         )
         if intake.version is None:
             assert report is not None, "only a report refuses"
-            raise refuse(name, report)
-        said = f"{intake.rows} rows {intake.verdict}{f': {message}' if message else ''}"
+            raise refuse(name, report, _is_storable(delivery.table, key, label, order))
+        said = f"{counted(intake.rows, 'row')} {intake.verdict}{f': {message}' if message else ''}"
         reason = "the same rows again" if intake.version.unchanged else said
         set_default_data(store.workspace, intake.version.ref, reason=reason, **by)
         return intake
 
+# %% ../../nbs/cli/26_data_support.ipynb #d33a808b
+def _expect_most_rows(base: DataVersion, delivery: Delivery, key: str) -> None:
+    """Raise UsageError for a table that would silently take the place of another one."""
+    if delivery.previous is None or not len(delivery.previous):
+        return
+    gone = int((~delivery.previous[key].isin(delivery.table[key])).sum())
+    if gone > len(delivery.previous) / 2:
+        raise UsageError(
+            f"expected a table with most of the {base.rows:,} rows of {base.ref}, found {gone:,} of them missing; to add rows to "
+            "these say --append, to put the table in their place --replace"
+        )
+
 # %% ../../nbs/cli/26_data_support.ipynb #5bdf5603
 def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any) -> None:
     """Print what became of a delivery; `what` stands behind the number of rows."""
-    from mlops_workbench.data.findings import rows_in_words
-
     version = intake.version
     assert version is not None, "a refusal is an error"
     if as_json:
@@ -175,10 +203,10 @@ def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any
         print_json({**version.summary(), **about, **waiting, **more})
         return
     verdict = "unchanged" if version.unchanged else "forced" if version.forced else "stored"
-    click.echo(f"{version.ref}  {verdict}  {version.rows:,} rows {what}")
+    click.echo(f"{version.ref}  {verdict}  {counted(version.rows, 'row')} {what}")
     for problem in [] if intake.report is None or version.unchanged else intake.report.problems:
         click.echo(f"  {problem.severity}: {problem.column}: {problem.text}")
     if intake.quarantine is not None:
         click.echo(
-            f"{rows_in_words(intake.held)} held back in {intake.quarantine.ref}: see them with `mwb data review {name}`"
+            f"{counted(intake.held, 'row')} held back in {intake.quarantine.ref}: see them with `mwb data review {name}`"
         )

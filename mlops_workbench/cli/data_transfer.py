@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..core.digits import counted
 from .data_support import open_store
 from .options import json_option, print_json, workspace_option
 
@@ -46,8 +47,8 @@ def _tell(moved: Transfer, as_json: bool) -> None:
     there = moved.objects - moved.moved
     where = "to" if moved.direction == "push" else "from"
     click.echo(
-        f"{len(moved.versions)} versions {where} {moved.remote}: {moved.moved} objects moved "
-        f"({moved.bytes:,} bytes), {there} there already, {moved.mended} replaced, {moved.seconds:.1f} s"
+        f"{counted(len(moved.versions), 'version')} {where} {moved.remote}: {counted(moved.moved, 'object')} moved "
+        f"({counted(moved.bytes, 'byte')}), {there} there already, {moved.mended} replaced, {moved.seconds:.1f} s"
     )
 
 # %% ../../nbs/cli/28_data_transfer.ipynb #5a8e4c29

@@ -12,6 +12,8 @@ from pathlib import Path
 import click
 
 from .options import json_option, print_json, workspace_option
+from ..core.digits import counted
+from ..core.errors import UsageError
 from ..core.workspace import Workspace
 
 # %% auto #0
@@ -24,8 +26,10 @@ __all__ = ['drop']
     "--keys-from",
     "keys_file",
     type=click.Path(path_type=Path),
-    required=True,
     help="A JSON list of keys, or one key a line.",
+)
+@click.option(
+    "--forced", "drop_forced", is_flag=True, help="Leave out all rows stored against the checks."
 )
 @click.option(
     "--as-in",
@@ -37,7 +41,13 @@ __all__ = ['drop']
 @workspace_option
 @json_option
 def drop(
-    ref: str, keys_file: Path, as_in: str, message: str, workspace: Path | None, as_json: bool
+    ref: str,
+    keys_file: Path | None,
+    drop_forced: bool,
+    as_in: str,
+    message: str,
+    workspace: Path | None,
+    as_json: bool,
 ) -> None:
     """Store a new version of REF without the rows whose keys stand in a file; nothing is deleted.
 
@@ -45,27 +55,42 @@ def drop(
     """
     from mlops_workbench.cli.data_support import version_columns
     from mlops_workbench.data.drop import drop_rows, read_keys
+    from mlops_workbench.data.forced import forced_keys, forced_rows
     from mlops_workbench.data.versions import DataStore
     from mlops_workbench.release.deployment import set_default_data
 
+    if (keys_file is None) != drop_forced:
+        raise UsageError("expected --keys-from FILE or --forced, found both or neither; name one")
     opened = Workspace.open(workspace)
-    beside = opened.root / keys_file
-    keys = read_keys(keys_file if keys_file.exists() or not beside.exists() else beside)
     store = DataStore(opened)
     with store.taking_in():
+        if keys_file is not None:
+            beside = opened.root / keys_file
+            keys = read_keys(keys_file if keys_file.exists() or not beside.exists() else beside)
+        else:
+            keys, clean = forced_keys(store, ref)
+            as_in = as_in or clean
         about = version_columns(store, ref.partition("@")[0], [], "", "")
         checks = {name: about[name] for name in ("schema", "features") if name in about}
         version = drop_rows(store, ref, keys, message=message, as_in=as_in, **checks)
         set_default_data(opened, version.ref, actor=getpass.getuser(), reason=version.message)
+    left = int(forced_rows(store, version).sum())
     record = {
         "ref": version.ref,
         "rows": version.rows,
         "parent": version.parent,
         "left_out": len(keys),
+        "rows_against_checks": left,
     }
     if as_json:
         print_json(record)
-    else:
+        return
+    click.echo(
+        f"{version.ref}  stored  {counted(version.rows, 'row')}; to learn from it: mwb run train evaluate deploy -p data_version={version.ref}"
+    )
+    if left:
         click.echo(
-            f"{version.ref}  stored  {version.rows:,} rows; to learn from it: mwb run train evaluate deploy -p data_version={version.ref}"
+            f"warning: {counted(left, 'row')} of it had been forced in against the checks and stay marked, no gate lets a model "
+            f"pass that learned from them; to leave them out too: mwb data drop {version.ref} --forced",
+            err=True,
         )

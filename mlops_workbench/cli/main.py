@@ -44,6 +44,8 @@ COMMANDS: dict[str, CommandEntry] = {
     "release": CommandEntry("release", "List and show releases with their gates."),
     "rollback": CommandEntry("rollback", "Put an earlier release back in service."),
     "serve": CommandEntry("serve", "Answer predictions over HTTP."),
+    "control": CommandEntry("control", "Let those who may promote, abort and roll back over HTTP."),
+    "access": CommandEntry("access", "Say who may do what: tokens, roles, until when."),
     "feedback": CommandEntry("feedback", "Send true labels for past predictions."),
     "monitor": CommandEntry("monitor", "Look at the traffic: quality, latency, drift, alerts."),
     "why": CommandEntry("why", "Find out why quality fell: model, data, traffic or service."),

@@ -11,17 +11,20 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import click
 
 from .options import workspace_option
-from ..core.errors import ConflictError
+from ..core.errors import ConflictError, IntegrityError
+from ..core.files import at_work, is_at_work, read_json, write_json
 from ..core.workspace import Workspace
 
 # %% auto #0
-__all__ = ['chosen_port', 'page_commands', 'run_together', 'pages']
+__all__ = ['chosen_port', 'page_commands', 'run_together', 'noted_address', 'running_pages', 'pages']
 
 # %% ../../nbs/cli/25_pages.ipynb #c3256dce
 def chosen_port(host: str, port: int) -> int:
@@ -81,6 +84,24 @@ def run_together(
                 process.wait()
     return ended
 
+# %% ../../nbs/cli/25_pages.ipynb #4cde39c2
+@contextmanager
+def noted_address(workspace: Workspace, address: str) -> Iterator[None]:
+    """Keep the address of the pages where `mwb status` finds it, while the block runs."""
+    with at_work(workspace.locks / "pages.lock"):
+        write_json(workspace.state / "pages.json", {"address": address})
+        yield
+
+
+def running_pages(workspace: Workspace) -> str:
+    """Return the address of the pages of this workspace; empty where none run."""
+    if not is_at_work(workspace.locks / "pages.lock"):
+        return ""
+    try:
+        return str(read_json(workspace.state / "pages.json")["address"])
+    except (FileNotFoundError, IntegrityError, KeyError, TypeError):
+        return ""
+
 # %% ../../nbs/cli/25_pages.ipynb #bcb00e0a
 @click.command()
 @click.option(
@@ -111,7 +132,8 @@ def pages(port: int | None, workspace: Path | None) -> None:
 
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, told)
-    ended = run_together(page_commands(opened.root, number), stop)
+    with noted_address(opened, f"http://{host}:{number}"):
+        ended = run_together(page_commands(opened.root, number), stop)
     if ended and not stop.is_set():
         click.echo(f"mwb: {ended} ended by itself; see its words above", err=True)
         raise click.exceptions.Exit(1)

@@ -21,7 +21,7 @@ from ..core.ledger import Ledger
 from ..core.workspace import Workspace
 
 # %% auto #0
-__all__ = ['release', 'list_releases', 'show_release', 'clear']
+__all__ = ['release', 'list_releases', 'show_release', 'clear', 'approve']
 
 # %% ../../nbs/cli/20_release.ipynb #b7fe3d0f
 @click.group()
@@ -114,3 +114,22 @@ def clear(name: str, reason: str, workspace: Path | None) -> None:
 
     clear_release(Workspace.open(workspace), name, actor=getpass.getuser(), reason=reason)
     click.echo(f"{name} is cleared; `mwb run deploy -p deploy.release={name}` deploys it")
+
+# %% ../../nbs/cli/20_release.ipynb #fa49266c
+@release.command("approve")
+@click.argument("name")
+@click.option("-m", "--reason", required=True, help="What was looked at; stands in the audit.")
+@workspace_option
+def approve(name: str, reason: str, workspace: Path | None) -> None:
+    """Say as the second person that a release may serve all traffic; bound to its files and its gate report.
+
+    Example: mwb release approve flights-r2 -m "looked at the slices"
+    """
+    import getpass
+
+    from mlops_workbench.release.approvals import approve_release
+
+    digest = approve_release(
+        Workspace.open(workspace), name, actor=getpass.getuser(), reason=reason
+    )
+    click.echo(f"{name} ({digest[:12]}) is approved by {getpass.getuser()}")

@@ -95,13 +95,13 @@ def next_steps(workspace: Workspace, outcome: StageOutcome) -> Iterator[tuple[st
         yield "see every gate", f"mwb release show {release.name}"
         gates = manifest.read("gates.json")["results"] if "gates.json" in manifest.outputs else []
         if any(gate["name"].startswith("data:") and not gate["passed"] for gate in gates):
-            from mlops_workbench.data.drop import before_force
+            from mlops_workbench.data.forced import before_force
             from mlops_workbench.data.versions import DataStore
 
             store = DataStore(workspace)
             clean = before_force(store, store.resolve(manifest.data_version))
             if clean is not None:
-                yield "leave the forced rows out", f"mwb data rollback {clean.ref}"
+                yield "leave the forced rows out", f"mwb data drop {manifest.data_version} --forced"
         slot = ledger.slot("champion")
         if slot is not None and slot.digest != release.digest:
             champion = ledger.release(slot.digest)

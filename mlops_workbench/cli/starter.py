@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+from ..core.digits import counted
 from ..core.errors import UsageError, shorten
 
 # %% ../../nbs/cli/05_starter.ipynb #460dfe2c
@@ -149,7 +150,7 @@ def guess_use(column: ColumnCount, rows: int) -> ColumnGuess:
     if distinct <= 20 and distinct * 2 <= column.present or distinct * 10 <= column.present:
         if distinct <= 1000:
             values = {plain_value(value, column) for value in column.values}
-            return guess("category", f"{distinct} values", tuple(sorted(values)))
+            return guess("category", counted(distinct, "value"), tuple(sorted(values)))
         return guess("left out", f"text with {distinct:,} different values, more than 1,000")
     if column.decimal_commas:
         return guess("left out", "numbers with a decimal comma: write 1.5 for 1,5")

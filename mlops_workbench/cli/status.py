@@ -24,6 +24,7 @@ from mlops_workbench.cli.options import (
     to_plain,
     workspace_option,
 )
+from .pages import running_pages
 from ..core.clock import now, timestamp
 from ..core.errors import IntegrityError, WorkbenchError
 from ..core.files import is_at_work, read_json
@@ -231,9 +232,14 @@ def services(workspace: Workspace) -> Iterator[dict[str, str]]:
     if age is not None:
         state += f", last looked {age_text(age)}"
     yield {"service": "monitor", "state": state, "address": "-"}
-    answers = _listens(pages.host, pages.port)
-    address = f"http://{pages.host}:{pages.port}"
-    yield {"service": "pages", "state": "answers" if answers else "not running", "address": address}
+    ours, state = running_pages(workspace), "not running"
+    if ours:
+        host, _, port = ours.removeprefix("http://").rpartition(":")
+        state = "answers" if _listens(host.strip("[]"), int(port)) else "starting"
+    elif _listens(pages.host, pages.port):
+        state = "not running; another program listens there"
+    address = ours or f"http://{pages.host}:{pages.port}"
+    yield {"service": "pages", "state": state, "address": address}
 
 # %% ../../nbs/cli/06_status.ipynb #515de2d5
 def _listens(host: str, port: int) -> bool:
@@ -364,7 +370,9 @@ def status_text(status: dict[str, Any]) -> str:
         _section("services", status["services"], "none"),
     ]
     if (rollout := status["rollout"]) is not None:
-        share = f"{rollout['share'] * 100:g} % of the traffic"
+        from mlops_workbench.core.ledger import share_words
+
+        share = share_words(rollout["share"])
         words = f"{rollout['name']}, {rollout['status']}: {rollout['release']} has {share}; see mwb release status"
         parts.insert(2, words)
     if status["leases"]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import textwrap
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +16,7 @@ from typing import Any
 
 import click
 
-from .options import format_table, json_option, print_json, workspace_option
+from .options import json_option, print_json, workspace_option
 from ..core.errors import UsageError, WorkbenchError
 from ..core.workspace import Workspace
 
@@ -32,11 +33,16 @@ WITNESSES = (
 def diagnosis_words(record: Mapping[str, Any], notebook: Path, most_keys: int = 10) -> str:
     """The diagnosis as lines of text."""
     lines = [f"verdict: {record['verdict']}", f"  {record['summary']}", ""]
-    findings = [
-        {"suspect": f["suspect"], "verdict": f["verdict"], "what speaks": f["text"]}
-        for f in record["findings"]
-    ]
-    lines += [format_table(findings, 160), ""]
+    for finding in record["findings"]:
+        head = f"{finding['suspect']:<16}{finding['verdict']:<14}"
+        lines += textwrap.wrap(
+            finding["text"],
+            118,
+            initial_indent=head,
+            subsequent_indent=" " * len(head),
+            break_on_hyphens=False,
+        )
+    lines.append("")
     data = record["data"]
     if data and data["guilty_version"]:
         effect, shown = data["effect"], data["effect_verdict"] != "not worse"
@@ -104,14 +110,15 @@ def why(good: str, bad: str, alert: str, apply: bool, workspace: Path | None, as
     Example: mwb why flights@v1.0 flights@v1.2
     """
     from mlops_workbench.cli.run import LiveProgress
+    from mlops_workbench.pipeline.fall import read_fall
     from mlops_workbench.pipeline.why import read_diagnosis, run_diagnosis
+    from mlops_workbench.recipes.protocol import load_recipe
 
-    if not alert and not (good and bad):
-        raise UsageError(
-            "expected two states or an alert, found neither; for instance `mwb why flights-r1 flights-r2`, "
-            "`mwb why 2013-06-01 2013-06-02` or `mwb why --alert latest`"
-        )
     opened = Workspace.open(workspace)
+    recipe = load_recipe(opened.settings.workspace.recipe, opened.root)
+    read_fall(
+        opened, recipe, alert=alert, good=good, bad=bad
+    )  # a mistake leaves no notebook behind
     live = sys.stdout.isatty() and not as_json
     shown: AbstractContextManager[Any] = LiveProgress() if live else nullcontext()
     with shown as progress:

@@ -32,6 +32,7 @@ from mlops_workbench.core.ledger_schema import (
     releases,
     rollouts,
     slots,
+    tokens,
 )
 
 # %% ../../nbs/core/10_audit.ipynb #b1716b1c
@@ -250,6 +251,7 @@ class _State:
     slots: dict[str, dict[str, Any]] = field(default_factory=dict)
     outbox: dict[str, dict[str, Any]] = field(default_factory=dict)
     rollouts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
     last_change: dict[tuple[str, str], int] = field(default_factory=dict)
 
 # %% ../../nbs/core/10_audit.ipynb #960a4796
@@ -270,6 +272,7 @@ _STATE_COLUMNS = {
     "slots": (slots, slots.c.name),
     "outbox": (outbox, outbox.c.key),
     "rollouts": (rollouts, rollouts.c.name),
+    "tokens": (tokens, tokens.c.id),
 }
 
 # %% ../../nbs/core/10_audit.ipynb #7e4e49ac

@@ -25,6 +25,7 @@ from mlops_workbench.core.ledger_schema import (
     releases,
     rollouts,
     slots,
+    tokens,
 )
 
 # %% ../../nbs/core/13_change.ipynb #fa48157d
@@ -169,6 +170,21 @@ class Change:
             )
         self._note("rollouts", name, row)
         return expected_version + 1
+
+    def add_token(self, values: Mapping[str, Any]) -> None:
+        """Put a token on record, its hash in the audit too, so that nobody puts another in its place unseen."""
+        self._connection.execute(tokens.insert().values(**values))
+        self._note("tokens", values["id"], values)
+
+    def revoke_token(self, identity: str) -> None:
+        """End a token; ConflictError when it is unknown or has ended before."""
+        row = {"revoked_at": iso(now())}
+        found = tokens.c.id == identity, tokens.c.revoked_at.is_(None)
+        if self._connection.execute(tokens.update().where(*found).values(**row)).rowcount != 1:
+            raise ConflictError(
+                f"expected a token that is in force, found none of the id {shorten(identity)}; see `mwb access list`"
+            )
+        self._note("tokens", identity, row)
 
     def enqueue(
         self,

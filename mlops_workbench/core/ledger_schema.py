@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'ROLLOUT_STATUSES', 'RELEASE_STATUSES', 'metadata', 'meta', 'releases', 'slots', 'rollouts',
-           'decisions', 'audit', 'audit_head', 'leases', 'outbox', 'BUSY_TIMEOUT_SECONDS', 'plain_text', 'json_ready',
-           'sqlite_path', 'open_engine', 'transaction', 'create_schema']
+           'tokens', 'decisions', 'audit', 'audit_head', 'leases', 'outbox', 'BUSY_TIMEOUT_SECONDS', 'plain_text',
+           'json_ready', 'sqlite_path', 'open_engine', 'transaction', 'create_schema']
 
 # %% ../../nbs/core/09_ledger_schema.ipynb #610250f4
 import contextlib
@@ -21,8 +21,8 @@ from sqlalchemy import CheckConstraint, Column, Connection, Engine, Integer, Met
 from .errors import LedgerError, shorten
 from .files import file_lock
 
-# %% ../../nbs/core/09_ledger_schema.ipynb #6b7f391e
-SCHEMA_VERSION = 2
+# %% ../../nbs/core/09_ledger_schema.ipynb #4e8037f3
+SCHEMA_VERSION = 3
 ROLLOUT_STATUSES = ("running", "paused", "promoted", "aborted")
 RELEASE_STATUSES = ("candidate", "approved", "refused", "barred", "retired")
 
@@ -79,6 +79,19 @@ rollouts = Table(
     Column("reason", Text, nullable=False),  # of the last decision
     Column("version", Integer, nullable=False),  # rises with each decision
     CheckConstraint(f"status IN {ROLLOUT_STATUSES}", name="known_rollout_status"),
+)
+
+# %% ../../nbs/core/09_ledger_schema.ipynb #1498c603
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("id", Text, primary_key=True),  # the first part of the token, not secret
+    Column("owner", Text, nullable=False),
+    Column("role", Text, nullable=False),
+    Column("hash", Text, nullable=False),  # SHA-256 of the whole token
+    Column("created_at", Text, nullable=False),
+    Column("expires_at", Text, nullable=False),
+    Column("revoked_at", Text),
 )
 
 # %% ../../nbs/core/09_ledger_schema.ipynb #1060bf9e

@@ -55,7 +55,7 @@ latency_requests = 300                ; requests that the latency gate measures
 confidence = 0.95                     ; of the intervals that the gates print
 
 [rollout]
-steps =                               ; percent of the traffic, such as 1, 5, 25, 50; empty: a new release takes over at once
+steps =                               ; percent of the traffic, such as 1, 5, 25, 50; "shadow" before them: a copy first; empty: all at once
 interval_seconds = 10                 ; how often the controller looks at a rollout
 minimum_minutes = 10                  ; a step takes at least so long
 maximum_hours = 24                    ; without a decision until then, the former release stays
@@ -66,6 +66,10 @@ alpha = 0.05                          ; chance of a false word over the whole ro
 label_delay_minutes = 0               ; younger answers are left out, so that late labels do not bias the words
 latency_p99_ms = 100                  ; a slower new release goes back
 failed_share = 0.001                  ; a new release that fails on more rows than that goes back
+shadow_agreement = 0                  ; and one that agrees with the former release on fewer rows of the copy; 0: told only
+covariate =                           ; belief (the former release's), or a column known beforehand: narrows the interval
+record_url =                          ; address that shows the workspace's files; empty: messages name the notebook's file
+drill_days = 7                        ; `mwb loop` rehearses the way back so often; 0: never
 
 [serving]
 host = 127.0.0.1                      ; any other address needs a token
@@ -100,6 +104,13 @@ host = 127.0.0.1                      ; of the web pages
 port = 8866                           ; of the web pages; 0: any free port
 idle_seconds = 300                    ; a page's kernel without a viewer ends after so long
 refresh_seconds = 5                   ; an open page reads again so often
+rollout_buttons = no                  ; yes: whoever may see the page may pause, resume, promote and abort a rollout
+
+[control]
+host = 127.0.0.1                      ; of the control plane, which asks everybody for a token
+port = 8680                           ; 0: any free port
+token_days = 90                       ; a token ends after so many days
+four_eyes = no                        ; yes: a second person approves a release before it serves all traffic
 
 [notify]
 maximum_attempts = 20                 ; a message is given up after so many

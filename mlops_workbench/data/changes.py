@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..core.errors import UsageError
 from .diff import DataDiff
+from .findings import rows_in_words
 from .versions import DataStore
 
 # %% ../../nbs/data/40_changes.ipynb #c9e15a1c
@@ -34,7 +35,7 @@ class ChangeSet:
     @property
     def title(self) -> str:
         """The change in words."""
-        return f"{self.kind}: {self.name} ({len(self.keys):,} rows)"
+        return f"{self.kind}: {self.name} ({rows_in_words(len(self.keys))})"
 
 # %% ../../nbs/data/40_changes.ipynb #464e04fa
 BATCH_COLUMNS = ("source_batch", "batch", "source")

@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from ..core.digits import counted
 from ..core.errors import shorten
 from .findings import EXAMPLES, Problem, Severity, row_problem, rows_in_words
 
@@ -59,7 +60,7 @@ def check_schema(frame: pd.DataFrame, schema: pandera.DataFrameSchema, key: str)
             case = cases["failure_case"].iloc[0]
             found = "nothing" if pd.isna(case) is True else shorten(case, 40)
             text, count = (
-                f"{len(places) or len(cases):,} rows with other values, first {found}",
+                f"{rows_in_words(len(places) or len(cases))} with other values, first {found}",
                 len(places) or len(cases),
             )
         keys = [str(frame[key].iloc[place]) for place in places[:EXAMPLES]] if key in frame else []
@@ -126,7 +127,7 @@ def check_range(
     severity: Severity = "remark"
     if len(previous) >= FEW and (large or absurd.any()):
         severity, outside = "refuse", outside if large else absurd
-    text = f"{int(outside.sum()):,} values far outside, first {values[outside].iloc[0]:g}"
+    text = f"{counted(int(outside.sum()), 'value')} far outside, first {values[outside].iloc[0]:g}"
     rule = f"values from {low:g} to {high:g}, the range before widened by its width on both sides"
     return [
         row_problem(frame, outside, key=key, column=column, rule=rule, text=text, severity=severity)
@@ -145,7 +146,7 @@ def check_categories(
         return []
     large = unknown.mean() > UNKNOWN_SHARE and len(previous) >= FEW
     severity: Severity = "refuse" if large else "remark"
-    text = f"{int(unknown.sum()):,} rows with new values, first {shorten(frame.loc[unknown, column].iloc[0], 40)}"
+    text = f"{rows_in_words(int(unknown.sum()))} with new values, first {shorten(frame.loc[unknown, column].iloc[0], 40)}"
     rule = (
         f"at most {UNKNOWN_SHARE:.0%} of the rows with values that the version before does not have"
     )

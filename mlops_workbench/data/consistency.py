@@ -199,8 +199,8 @@ def check_relations(
             if not known.any() or (old[left] < old[right]).sum() > (1 - ORDERED) * known.sum():
                 continue
             if broken.mean() > BROKEN and (new[left] != new[right]).any():
-                text = f"{left} is below {right} in {int(broken.sum()):,} rows"
-                rule = f"{left} at least {right}, as in {int(known.sum()):,} rows before"
+                text = f"{left} is below {right} in {rows_in_words(int(broken.sum()))}"
+                rule = f"{left} at least {right}, as in {rows_in_words(int(known.sum()))} before"
                 found = row_problem(frame, broken, key=key, column=left, rule=rule, text=text)
                 problems.append(found)
     return problems + _check_correlations(frame, new, old, key)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.digits import told_apart
+
 # %% ../../nbs/data/30_directions.ipynb #929ce4cf
 def _digits(value: float) -> str:
     """A number with three digits, as a person writes it."""
@@ -20,6 +22,11 @@ def _digits(value: float) -> str:
         return f"{value:g}"
     rounded = round(value, max(0, 2 - math.floor(math.log10(abs(value)))))
     return f"{rounded:.0f}" if abs(rounded) >= 100 else f"{rounded:.10g}"
+
+
+def _way(start: float, end: float) -> str:
+    """From where to where, in as many digits as tell the two apart."""
+    return " -> ".join(told_apart(start, end, _digits))
 
 # %% ../../nbs/data/30_directions.ipynb #7802c436
 def _peak(values: NDArray[np.float64], low: float, high: float, scale: float) -> float:
@@ -29,7 +36,9 @@ def _peak(values: NDArray[np.float64], low: float, high: float, scale: float) ->
     reach = math.ceil(min(200.0, 1.5 * scale / step))
     offsets = np.arange(-reach, reach + 1) * step / (0.5 * scale)
     smooth = np.convolve(counts, np.exp(-(offsets**2) / 2))[reach:-reach]
-    return float(edges[int(smooth.argmax())] + step / 2)
+    place = int(smooth.argmax())
+    inside = values[(values >= edges[place]) & (values <= edges[place + 1])]
+    return float(np.median(inside)) if len(inside) else float(edges[place] + step / 2)
 
 # %% ../../nbs/data/30_directions.ipynb #1d837a94
 def number_direction(
@@ -49,13 +58,13 @@ def number_direction(
         is_peak = step * (after - before) > 0 and 0.5 <= step / (after - before) <= 2
         name, start, end = ("peak", from_peak, to_peak) if is_peak else ("median", before, after)
         side = "right" if end > start else "left"
-        return f"{name} moved {side} by {_digits(abs(end - start))} ({_digits(start)} -> {_digits(end)})"
+        return f"{name} moved {side} by {_digits(abs(end - start))} ({_way(start, end)})"
     spread = [
         float(np.subtract(*np.quantile(values, [0.9, 0.1]))) for values in (reference, window)
     ]
     if spread[0] > 0 and not 0.8 <= spread[1] / spread[0] <= 1.25:
         word = "wider" if spread[1] > spread[0] else "narrower"
-        return f"spread {word} ({_digits(spread[0])} -> {_digits(spread[1])})"
+        return f"spread {word} ({_way(spread[0], spread[1])})"
     points = np.unique(np.concatenate([reference, window]))
     above = [
         1 - np.searchsorted(np.sort(v), points, side="right") / len(v) for v in (reference, window)

@@ -15,6 +15,7 @@ import pandas as pd
 
 from numpy.typing import NDArray
 
+from ..core.digits import counted
 from ..core.errors import shorten
 
 # %% ../../nbs/data/33_findings.ipynb #157605df
@@ -49,7 +50,7 @@ class Problem:
 # %% ../../nbs/data/33_findings.ipynb #f918599b
 def rows_in_words(count: int) -> str:
     """The number of rows as one says it: 1 row, 2,000 rows."""
-    return f"{count:,} row" + ("" if count == 1 else "s")
+    return counted(count, "row")
 
 
 def row_problem(

@@ -273,7 +273,7 @@ def _record(
 ) -> None:
     """Write into the ledger that rows wait, or that a batch was refused, and call for somebody."""
     verdict, title = "refused", f"a batch of {name} was refused"
-    text = f"{report.rows} rows were not stored: {words(report)}."
+    text = f"{rows_in_words(report.rows)} not stored: {words(report)}."
     evidence = report.summary()
     if waiting:
         verdict, title = (

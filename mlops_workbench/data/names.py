@@ -5,6 +5,8 @@
 # %% ../../nbs/data/21_names.ipynb #a600f3e1
 from __future__ import annotations
 
+import contextlib
+import getpass
 import html
 import re
 
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
     from mlops_workbench.data.versions import DataStore
 
 # %% auto #0
-__all__ = ['NUMBERED', 'NamedVersion', 'check_label', 'named_versions', 'name_version', 'whole_ref', 'find_version']
+__all__ = ['NUMBERED', 'NamedVersion', 'check_label', 'named_versions', 'name_version', 'remove_name', 'whole_ref',
+           'with_data_set', 'find_version']
 
 # %% ../../nbs/data/21_names.ipynb #3528723a
 NUMBERED = re.compile(r"v\d{1,9}\.\d{1,9}")
@@ -83,30 +86,64 @@ def named_versions(
 
 # %% ../../nbs/data/21_names.ipynb #58798448
 def name_version(store: DataStore, ref: str, label: str) -> NamedVersion:
-    """Give a version a human name; ConflictError when another version of the data set has it."""
+    """Give a version a human name, on record; ConflictError when another version of the data set has it."""
     check_label(label)
     version = store.resolve(ref)
     tag = f"{version.name}@{label}"
     known = {name.name: name for name in named_versions(store.root, store.versions(version.name))}
     if tag not in known:
-        identity = ["-c", f"user.name={author(store.root)}"]
-        identity += ["-c", "user.email=workbench@localhost"] if _no_email(store.root) else []
-        message = ["--no-sign", "-a", "-F", "-", tag, version.commit]
-        try:
-            run_git(store.root, *identity, "tag", *message, given=f"{version.ref} is {label}")
-        except DataError as error:
-            if "already exists" not in str(error):
-                raise
-            raise ConflictError(
-                f"expected a free name, found a git tag {tag} that is no name of a version; choose another"
-            ) from error
+        with _decision(store, tag, version.ref, "set"):
+            _set_tag(store.root, tag, version)
         known = {each.name: each for each in named_versions(store.root, [version])}
     if known[tag].ref != version.ref:
         raise ConflictError(
             f"expected a free name, found {tag} given to {known[tag].ref} on {known[tag].given_at[:10]} by "
-            f"{known[tag].given_by}; choose another, or take it away first: git tag -d {tag}"
+            f"{known[tag].given_by}; choose another, or take it away first: mwb data tag {tag} --remove"
         )
     return known[tag]
+
+# %% ../../nbs/data/21_names.ipynb #94af1342
+def remove_name(store: DataStore, ref: str, label: str = "") -> NamedVersion:
+    """Take a human name away, on record; the version stays. UsageError for a name that the version does not have."""
+    label = label or ref.rpartition("@")[2]
+    version = store.resolve(ref)
+    names = {each.name: each for each in named_versions(store.root, [version])}
+    named = names.get(f"{version.name}@{label}")
+    if named is None:
+        raise UsageError(
+            f"expected a name of {version.ref}, found {shorten(label)}; it is called: {', '.join(names) or 'nothing else'}"
+        )
+    with _decision(store, named.name, version.ref, "removed"):
+        run_git(store.root, "tag", "-d", named.name)
+    return named
+
+# %% ../../nbs/data/21_names.ipynb #48f41064
+def _decision(
+    store: DataStore, tag: str, ref: str, verdict: str
+) -> contextlib.AbstractContextManager[object]:
+    """The record of a name that is set or removed in the block."""
+    from mlops_workbench.core.ledger import Ledger
+
+    reason = f"{tag} {'is' if verdict == 'set' else 'no longer is'} {ref}"
+    return Ledger(store.workspace.ledger_url).decision(
+        "tag", actor=getpass.getuser(), subject=ref, verdict=verdict, reason=reason
+    )
+
+
+def _set_tag(root: Path, tag: str, version: DataVersion) -> None:
+    """Write the git tag; ConflictError when git knows another one of that name."""
+    identity = ["-c", f"user.name={author(root)}"]
+    identity += ["-c", "user.email=workbench@localhost"] if _no_email(root) else []
+    message = ["--no-sign", "-a", "-F", "-", tag, version.commit]
+    label = tag.partition("@")[2]
+    try:
+        run_git(root, *identity, "tag", *message, given=f"{version.ref} is {label}")
+    except DataError as error:
+        if "already exists" not in str(error):
+            raise
+        raise ConflictError(
+            f"expected a free name, found a git tag {tag} that is no name of a version; choose another"
+        ) from error
 
 # %% ../../nbs/data/21_names.ipynb #9904d178
 def _no_email(root: Path) -> bool:
@@ -116,16 +153,42 @@ def _no_email(root: Path) -> bool:
     except DataError:
         return True
 
-# %% ../../nbs/data/21_names.ipynb #c11cc9d5
-def whole_ref(workspace: Workspace, ref: str) -> str:
-    """The reference with its version: of "flights" alone that of the default version, where one was decided."""
-    path = workspace.ledger_url.removeprefix("sqlite:///")
-    if "@" in ref or (path != workspace.ledger_url and not Path(path).exists()):
-        return ref
-    from mlops_workbench.core.ledger import Ledger
+# %% ../../nbs/data/21_names.ipynb #dcfe6d28
+def whole_ref(
+    workspace: Workspace,
+    ref: str,
+    beside: str = "",  # a reference that is named with it
+) -> str:
+    """The reference with its version: of "flights" alone that of the default version, where one was decided.
 
-    slot = Ledger(workspace.ledger_url).slot(f"data:{ref}")
-    return ref if slot is None else slot.digest
+    "golden" and "v1.2" alone are those of the data set that is named beside, or of the only one.
+    """
+    if "@" in ref:
+        return ref
+    path = workspace.ledger_url.removeprefix("sqlite:///")
+    if path == workspace.ledger_url or Path(path).exists():
+        from mlops_workbench.core.ledger import Ledger
+
+        slot = Ledger(workspace.ledger_url).slot(f"data:{ref}")
+        if slot is not None:
+            return slot.digest
+    return with_data_set(workspace.root, ref, beside)
+
+# %% ../../nbs/data/21_names.ipynb #56a3db28
+def with_data_set(root: Path, ref: str, beside: str = "") -> str:
+    """The reference with its data set in front, where it is the number or the name of a version alone."""
+    if "@" in ref:
+        return ref
+    known = read_tags(root)
+    names = {tag.name for tag in known}
+    near = beside.partition("@")[0]
+    mine = [name for name in names if near not in names or name == near]
+    mine = [name for name in mine if not name.endswith(".quarantine")]
+    if ref in names or len(mine) != 1:
+        return ref
+    versions = [tag for tag in known if tag.name == mine[0]]
+    there = {tag.ref for tag in versions} | {each.name for each in named_versions(root, versions)}
+    return f"{mine[0]}@{ref}" if f"{mine[0]}@{ref}" in there else ref
 
 # %% ../../nbs/data/21_names.ipynb #1a8bd1d9
 def find_version(root: Path, ref: str) -> TaggedFiles:
@@ -150,9 +213,10 @@ def _unknown(root: Path, ref: str, known: Sequence[TaggedFiles]) -> str:
             f"expected a data version, found no {ref!r}; did you mean {' or '.join(near)}? "
             f"see `mwb data list {known[0].name}`"
         )
-    name = ref.partition("@")[0]
-    names = sorted({tag.name for tag in read_tags(root)})
-    near = get_close_matches(name, names, 1)
+    name, tags = ref.partition("@")[0], read_tags(root)
+    names = sorted({tag.name for tag in tags})
+    alone = [each.name for each in named_versions(root, tags) if each.name.endswith(f"@{ref}")]
+    near = alone or get_close_matches(name, names, 1)
     meant = f"did you mean {near[0]}? " if near else ""
     return (
         f"expected a data set, found no version of {name!r}; {meant}"

@@ -14,15 +14,18 @@ import pandas as pd
 from ..core.clock import iso, now
 from ..core.errors import DataError, UsageError, shorten
 from ..core.ledger import Ledger
+from .findings import rows_in_words
 from .records import DataVersion
+from .rows import hash_rows
+from .tables import to_table
 from .validation import ValidationReport
 
 if TYPE_CHECKING:
     from mlops_workbench.data.versions import DataStore
 
 # %% auto #0
-__all__ = ['MARKS', 'WAITING', 'quarantine_name', 'split_batch', 'quarantined', 'hold_rows', 'Review', 'review_list',
-           'review_rows']
+__all__ = ['MARKS', 'WAITING', 'quarantine_name', 'split_batch', 'quarantined', 'waiting_names', 'hold_rows', 'Review',
+           'review_list', 'review_rows']
 
 # %% ../../nbs/data/36_quarantine.ipynb #4d877207
 MARKS = (
@@ -97,6 +100,14 @@ def quarantined(store: DataStore, name: str, state: str = WAITING) -> pd.DataFra
     rows = pd.DataFrame(columns=list(MARKS)) if latest is None else store.load(latest)
     return rows[rows["quarantine_state"] == state].reset_index(drop=True)
 
+# %% ../../nbs/data/36_quarantine.ipynb #af8afa42
+def waiting_names(store: DataStore) -> list[str]:
+    """The data sets of which rows wait."""
+    ending = quarantine_name("")
+    found = {version.name for version in store.versions() if version.name.endswith(ending)}
+    names = sorted(name.removesuffix(ending) for name in found)
+    return [name for name in names if len(quarantined(store, name))]
+
 # %% ../../nbs/data/36_quarantine.ipynb #1bb8469b
 def hold_rows(
     store: DataStore,
@@ -142,15 +153,23 @@ class Review:
     version: str  # of the data set with the accepted rows; empty when none was accepted
     quarantine: str  # the version of the quarantine that says so
     decision: int
+    note: str = ""  # what became of the accepted rows
 
 # %% ../../nbs/data/36_quarantine.ipynb #5d53327d
 def review_list(store: DataStore, name: str) -> list[dict[str, Any]]:
-    """The waiting rows for a page or a table: id, reason, given and likely label, probability, values."""
+    """The waiting rows for a page or a table: id, copies, reason, given and likely label, probability, values.
+
+    Rows that say the same are one entry, and one decision.
+    """
     rows = quarantined(store, name)
     values = [column for column in rows.columns if column not in MARKS]
+    rows = rows.assign(twins=_twins(rows))
+    copies = rows["twins"].value_counts()
+    rows = rows.drop_duplicates("twins")
     return [
         {
             "id": row["quarantine_id"],
+            "copies": int(copies[row["twins"]]),
             "reason": row["quarantine_reason"],
             "label": row["quarantine_label"],
             "likely": row["quarantine_likely"] if pd.notna(row["quarantine_likely"]) else None,
@@ -163,6 +182,20 @@ def review_list(store: DataStore, name: str) -> list[dict[str, Any]]:
         }
         for row in rows.to_dict("records")
     ]
+
+# %% ../../nbs/data/36_quarantine.ipynb #a52159f6
+def _twins(rows: pd.DataFrame) -> list[int]:
+    """A number for each row in quarantine, the same for rows that hold the same."""
+    cells = rows.drop(columns=list(MARKS))
+    return [int(each) for each in hash_rows(to_table(cells))] if len(rows) else []
+
+
+def _with_twins(rows: pd.DataFrame, ids: Sequence[str]) -> list[str]:
+    """The ids, and those of the waiting rows that hold the same as one of them."""
+    twins = pd.Series(_twins(rows), index=rows.index, dtype="uint64")
+    same = twins.isin(twins[rows["quarantine_id"].isin(list(ids))])
+    more = rows.loc[same, "quarantine_id"]
+    return list(dict.fromkeys([*ids, *more]))
 
 # %% ../../nbs/data/36_quarantine.ipynb #88bf047f
 def _chosen(rows: pd.DataFrame, ids: Sequence[str], name: str) -> pd.DataFrame:
@@ -208,12 +241,16 @@ def _review(
         found = f"{shorten(sorted(both)[0])} in both" if both else "neither"
         raise UsageError(f"expected rows to accept or to reject, found {found}; name each row once")
     taken, _ = _chosen(rows, accept, name), _chosen(rows, reject, name)
+    taken = taken[~pd.Series(_twins(taken), index=taken.index).duplicated()]
+    named = set(accept), set(reject)  # a row that was named itself is decided by that
+    accept = [each for each in _with_twins(rows, accept) if each not in named[1]]
+    reject = [each for each in _with_twins(rows, reject) if each not in named[0]]
     ledger = Ledger(store.workspace.ledger_url)
     slot = ledger.slot(f"data:{name}")
     version = _take_in(store, name, taken, slot.digest if slot else None) if len(taken) else None
     marked = _mark(store, name, accept, reject)
     verdict = "accepted" if not reject else "rejected" if not accept else "accepted in part"
-    said = f"{len(accept)} rows accepted, {len(reject)} rejected, by hand"
+    said = f"{rows_in_words(len(accept))} accepted, {len(reject):,} rejected, by hand"
     evidence = {"accepted": list(accept), "rejected": list(reject), "quarantine": marked.ref}
     with ledger.decision(
         "review",
@@ -227,8 +264,8 @@ def _review(
         if version is not None:
             change.set_slot(f"data:{name}", version.ref, slot.epoch if slot else 0)
     left = len(rows) - len(set(accept)) - len(set(reject))
-    ref = version.ref if version else ""
-    return Review(tuple(accept), tuple(reject), left, ref, marked.ref, change.decision_id)
+    ref, note = (version.ref, version.message) if version else ("", "")
+    return Review(tuple(accept), tuple(reject), left, ref, marked.ref, change.decision_id, note)
 
 # %% ../../nbs/data/36_quarantine.ipynb #fadc727c
 def _take_in(store: DataStore, name: str, taken: pd.DataFrame, default: str | None) -> DataVersion:
@@ -250,7 +287,9 @@ def _take_in(store: DataStore, name: str, taken: pd.DataFrame, default: str | No
             f"expected rows that fit {base.ref}, found {error}; reject them, and deliver them again when they are right"
         ) from error
     joined = pd.concat([kept, rows], ignore_index=True)
-    note = f"{len(rows)} rows taken out of {quarantine_name(name)} by hand"
+    known = len(previous) - len(kept)
+    instead = f", in place of {rows_in_words(known)} of the same key" if known else ""
+    note = f"{rows_in_words(len(rows))} taken out of {quarantine_name(name)} by hand{instead}"
     report = ValidationReport("accept", (), len(rows), len(previous), notes=(note,))
     return store.snapshot(
         name,

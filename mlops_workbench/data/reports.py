@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..core.digits import told_apart
 from .tables import is_array_type
 from .thumbnails import square_side, thumbnail
 
@@ -40,7 +41,10 @@ def table_html(title: str, frame: pd.DataFrame, limit: int = 10) -> str:
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in frame.columns)
     rows = []
     for row in frame.head(limit).itertuples(index=False, name=None):
-        rows.append("<tr>" + "".join(f"<td>{_cell_html(cell)}</td>" for cell in row) + "</tr>")
+        cells = [_cell_html(cell) for cell in row]
+        if tuple(frame.columns[-2:]) == ("before", "after") and not cells[-1].startswith("<img"):
+            cells[-2:] = map(html.escape, told_apart(row[-2], row[-1], _cell_text))
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     more = f"<p>and {len(frame) - limit:,} more</p>" if len(frame) > limit else ""
     return f"<h4>{html.escape(title)}</h4><table><tr>{head}</tr>{''.join(rows)}</table>{more}"
 
@@ -48,13 +52,16 @@ def table_html(title: str, frame: pd.DataFrame, limit: int = 10) -> str:
 def _cell_html(cell: Any) -> str:
     """One cell: a small picture, or its text, escaped and shortened."""
     address = thumbnail(cell)
-    if address:
-        return _image(address, "")
+    return _image(address, "") if address else html.escape(_cell_text(cell))
+
+
+def _cell_text(cell: Any) -> str:
+    """The text of a cell in at most 60 characters, numbers in six digits."""
     if isinstance(cell, bytes):
         return f"{len(cell):,} bytes"
     if isinstance(cell, float):
         return f"{cell:.6g}"
-    return html.escape(" ".join(str(cell).split())[:60])
+    return " ".join(str(cell).split())[:60]
 
 # %% ../../nbs/data/18_reports.ipynb #f4e72c1a
 def _image(address: str, title: str) -> str:

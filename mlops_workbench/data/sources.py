@@ -107,9 +107,10 @@ def opened(source: Path, work: Path) -> Iterator[Path]:
     if source.suffix != ".dvc" and source.exists():
         yield source
         return
-    if root is None:
+    if root is None or not _may_be_tracked(source, root):
+        around = "no DVC repository around it" if root is None else "none that DVC tracks"
         raise UsageError(
-            f"expected a file or folder, found none at {source}, and no DVC repository around it; check the path"
+            f"expected a file or folder, found none at {source}, and {around}; check the path"
         )
     tracked = source
     if pointer.is_file():
@@ -117,6 +118,13 @@ def opened(source: Path, work: Path) -> Iterator[Path]:
     place = work / tracked.name
     run_dvc(root, "get", str(root), tracked.relative_to(root).as_posix(), "--out", str(place))
     yield place
+
+# %% ../../nbs/data/24_sources.ipynb #3c80c89c
+def _may_be_tracked(source: Path, root: Path) -> bool:
+    """Whether DVC may know a path that is not here: by a pointer file of it or of a folder above, or from a pipeline."""
+    inside = [source, *(folder for folder in source.parents if folder.is_relative_to(root))]
+    pointers = (path.with_name(f"{path.name}.dvc") for path in inside if path != root)
+    return any(path.is_file() for path in (source, *pointers)) or any(root.rglob("dvc.yaml"))
 
 # %% ../../nbs/data/24_sources.ipynb #6493d4cf
 def _output(pointer: Path) -> str:
@@ -158,6 +166,10 @@ def read_table(name: str, path: Path) -> pd.DataFrame:
             return pd.read_parquet(path)
         check_whole(name, path)
         return pd.read_csv(path, compression="gzip" if name.endswith(".gz") else None)
+    except pd.errors.EmptyDataError as error:
+        raise DataError(
+            f"expected a first line with column names in {name}, found an empty file; check where it comes from"
+        ) from error
     except (OSError, ValueError, EOFError) as error:
         reason = shorten(str(error), 200)
         raise DataError(

@@ -171,6 +171,27 @@ def _fetch_far(places: Places, ref: str, pointer: str) -> str:
 # %% ../../nbs/data/10_storage.ipynb #567f44cd
 CHECKOUT = "_version.json"  # what says that a folder is a checkout
 
+
+def _draft_folder(folder: Path) -> Path:
+    """A new folder beside one that may be written; raises UsageError for one that may not."""
+    draft = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    try:
+        if (
+            folder.exists()
+            and (not folder.is_dir() or any(folder.iterdir()))
+            and not (folder / CHECKOUT).is_file()
+        ):
+            raise UsageError(
+                f"expected a new or empty folder, or one of an earlier checkout, found {folder}; name another folder"
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
+    except OSError as error:
+        raise UsageError(
+            f"expected a place that can be written, found {folder}: {error.strerror}; name another folder"
+        ) from error
+    return draft
+
 # %% ../../nbs/data/10_storage.ipynb #87153dae
 def write_checkout(
     folder: Path,
@@ -178,18 +199,8 @@ def write_checkout(
 ) -> Path:
     """Fill a folder, whole or not at all; raises UsageError for a folder that is neither empty nor a checkout."""
     folder = Path(os.path.abspath(folder))
-    if (
-        folder.exists()
-        and (not folder.is_dir() or any(folder.iterdir()))
-        and not (folder / CHECKOUT).is_file()
-    ):
-        raise UsageError(
-            f"expected a new or empty folder, or one of an earlier checkout, found {folder}; name another folder"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    draft = _draft_folder(folder)
     try:
-        draft.mkdir()
         write(draft)
         if folder.exists():
             old = draft.with_name(f"{draft.name}-old")

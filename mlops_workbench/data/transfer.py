@@ -20,6 +20,7 @@ from mlops_workbench.data.remotes import (
     Remote,
     explained,
     find_remote,
+    folder_error,
     remote_sizes,
     remove_objects,
 )
@@ -100,8 +101,11 @@ def _batches(
             "expected a data version to move, found none yet; the versions' names and records travel with git: clone the "
             "workspace, or `git fetch --tags` from it, then `mwb data pull` fetches the content"
         )
-    if target.base is not None:
-        target.base.mkdir(parents=True, exist_ok=True)
+    try:
+        if target.base is not None:
+            target.base.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise folder_error(target, error.strerror or str(error)) from error
     for start in range(0, len(pointers), BATCH):
         part = dict(list(pointers.items())[start : start + BATCH])
         with store._locked(), work_folder(places) as work:

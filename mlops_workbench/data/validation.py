@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from ..core.digits import counted
 from ..core.errors import DataError, DataRefusedError, shorten
 from ..core.settings import DataSettings, Settings
 from mlops_workbench.data.columns import (
@@ -27,7 +28,7 @@ from mlops_workbench.data.columns import (
 )
 from .consistency import check_consistency
 from .distribution import DistributionReport, compare_distributions
-from .findings import EXAMPLES, Problem, row_problem
+from .findings import EXAMPLES, Problem, row_problem, rows_in_words
 
 if TYPE_CHECKING:
     import pandera.pandas as pandera
@@ -95,7 +96,7 @@ def report_html(report: ValidationReport) -> str:
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in report.notes)
     ranked = report.suspicious.head(10).to_html(index=False) if len(report.suspicious) else ""
     held = f", {len(report.held):,} of them held back" if report.held else ""
-    title = f"<h4>{report.verdict}: {report.rows:,} rows{held}</h4>"
+    title = f"<h4>{report.verdict}: {rows_in_words(report.rows)}{held}</h4>"
     told = html.escape(report.labels.report.text()) if report.labels is not None else ""
     title += f"<p>{told}</p>" if told else ""
     return title + (f"<table><tr>{head}</tr>{rows}</table>" if rows else "") + notes + ranked
@@ -108,14 +109,19 @@ class BatchRefusedError(DataRefusedError):
         super().__init__(text)
         self.report = report
 
-# %% ../../nbs/data/08_validation.ipynb #66b1a206
-def refuse(name: str, report: ValidationReport) -> BatchRefusedError:
-    """The error for a refused batch, with its findings in words."""
+# %% ../../nbs/data/08_validation.ipynb #1b27787c
+def refuse(
+    name: str,
+    report: ValidationReport,
+    forceable: bool = True,  # False: not even force could store the rows
+) -> BatchRefusedError:
+    """The error for a refused batch, with its findings in words and what can be done."""
     lines = [problem.line() for problem in report.refused]
     more = f" (and {len(lines) - 5} more findings)" if len(lines) > 5 else ""
+    advice = "correct the rows" + (", or take them with --force" if forceable else "")
     return BatchRefusedError(
-        f"expected {report.rows:,} good rows for {name!r}, found: {'; '.join(lines[:5])}{more}; "
-        "no version was made: correct the rows, or take them with --force",
+        f"expected {rows_in_words(report.rows)} of {name!r} that pass the checks, found: "
+        f"{'; '.join(lines[:5])}{more}; no version was made: {advice}",
         report,
     )
 
@@ -232,7 +238,7 @@ def _sure_labels(
     keys = set(ranked["key"][ranked["wrong"] >= sure])
     if not keys:
         return []
-    text = f"{len(keys):,} labels are wrong with a probability of {sure:.0%} or more"
+    text = f"{counted(len(keys), 'label')} wrong with a probability of {sure:.0%} or more"
     rule = "labels that follow the other columns as those of the accepted rows do"
     return [row_problem(frame, frame[key].isin(keys), key=key, column=label, rule=rule, text=text)]
 

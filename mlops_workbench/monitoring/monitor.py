@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.clock import iso, timestamp
+from ..core.digits import counted
 from ..core.errors import ConflictError, UsageError, WorkbenchError
 from ..core.files import file_lock, write_json
 from ..core.ledger import Ledger
@@ -95,7 +96,7 @@ class MonitorSnapshot:
         found = self.measured.drift
         parts = [
             f"{self.champion.name} serves" if self.champion else "no release serves",
-            f"{self.measured.service.requests} requests, {self.measured.rows} rows",
+            f"{counted(self.measured.service.requests, 'request')}, {counted(self.measured.rows, 'row')}",
             self.measured.comparison.summary
             if self.measured.comparison
             else "quality not compared",

@@ -46,6 +46,23 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("status", pa.int64()),
             ("reason", pa.string()),
             ("route", pa.string()),
+            ("release", pa.string()),  # that failed, where a slot did; older records lack it
+            ("slot", pa.string()),
+            ("rows", pa.int64()),
+        ]
+    ),
+    "shadow": pa.schema(
+        [
+            ("id", pa.string()),  # of the answer that the copy belongs to
+            ("request", pa.string()),
+            ("time", pa.float64()),
+            ("release", pa.string()),
+            ("name", pa.string()),
+            ("probabilities", pa.list_(pa.float64())),
+            ("prediction", pa.int64()),
+            ("latency_ms", pa.float64()),
+            ("old_ms", pa.float64()),
+            ("error", pa.string()),
         ]
     ),
     "feedback": pa.schema(
@@ -76,7 +93,15 @@ def table_row(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
             row["latency_ms"] = float(record["latency_ms"])
         elif kind == "error":
             row |= {"status": int(record["status"]), "reason": _text(record.get("reason"))}
-            row["route"] = _text(record.get("route"))
+            row |= {name: _text(record.get(name)) for name in ("route", "release", "slot")}
+            row["rows"] = int(record.get("rows", 0))
+        elif kind == "shadow":
+            row |= {
+                name: _text(record.get(name)) for name in ("request", "release", "name", "error")
+            }
+            row |= {"id": str(record["id"]), "latency_ms": float(record["latency_ms"])}
+            row |= {"old_ms": float(record["old_ms"]), "probabilities": record["probabilities"]}
+            row["prediction"] = record["prediction"]
         elif kind == "feedback":
             label, click = record.get("label"), record.get("click")
             row |= {"id": str(record["id"]), "label": None if label is None else str(label)}

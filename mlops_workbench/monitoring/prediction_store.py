@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEEDBACK_SLACK_SECONDS', 'ORPHAN_LOOK_BACK_SECONDS', 'LOG_FIELDS', 'FeedbackCounts', 'Window', 'read_window',
-           'compact']
+           'read_shadow', 'compact']
 
 # %% ../../nbs/monitoring/02_prediction_store.ipynb #bb46a9cd
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ class Window:
     until: float
     predictions: pd.DataFrame  # one row an id: the log's fields, the row's fields, label, click
     requests: pd.DataFrame  # request, time, release, name, slot, latency_ms, rows
-    errors: pd.DataFrame  # time, status, reason, route
+    errors: pd.DataFrame  # time, status, reason, route; release, slot, rows where a slot failed
     feedback: FeedbackCounts
     damaged: int  # unreadable lines in open segments and, since the beginning, in partitions
     newest: float | None  # time of the newest record of the whole log
@@ -125,6 +125,7 @@ def _open_database(
         "prediction": (since - ORPHAN_LOOK_BACK_SECONDS, float("inf")),
         "error": (since, until),
         "feedback": (since - FEEDBACK_SLACK_SECONDS, float("inf")),
+        "shadow": (since, float("inf")),
     }
     for kind, schema in SCHEMAS.items():
         database.register(f"open_{kind}", pa.Table.from_pylist(log.rows[kind], schema))
@@ -135,10 +136,10 @@ def _open_database(
             if file.kind == kind and file.last >= first and file.first < last
         ]
         columns = ", ".join(f'"{name}"' for name in schema.names)
-        partitions = (
-            f"SELECT {columns} FROM read_parquet($paths, hive_partitioning=false) UNION ALL"
-        )
-        text = f"{partitions if paths else ''} SELECT {columns} FROM open_{kind}"
+        # by name: files of an older workbench lack the newer columns
+        stored = "read_parquet($paths, hive_partitioning=false, union_by_name=true)"
+        partitions = f"SELECT * FROM {stored} UNION ALL BY NAME"
+        text = f"SELECT {columns} FROM ({partitions if paths else ''} SELECT {columns} FROM open_{kind})"
         quoted = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
         database.execute(f"CREATE VIEW {kind} AS {text.replace('$paths', f'[{quoted}]')}")
     return database
@@ -175,7 +176,7 @@ GROUP BY request ORDER BY time, request
 
 # %% ../../nbs/monitoring/02_prediction_store.ipynb #29c67d54
 _ERRORS = """
-SELECT DISTINCT time, status, reason, route FROM error
+SELECT DISTINCT time, status, reason, route, release, slot, rows FROM error
 WHERE time >= $since AND time < $until ORDER BY time, status, reason, route
 """
 
@@ -233,6 +234,23 @@ def read_window(
             if attempt == 19 or read_catalogue(predictions).generation == log.catalogue.generation:
                 raise
     raise AssertionError("unreachable")
+
+# %% ../../nbs/monitoring/02_prediction_store.ipynb #96f0ad6b
+_SHADOW = """
+SELECT * FROM shadow WHERE time >= $since AND release = $release
+QUALIFY row_number() OVER (PARTITION BY id ORDER BY time) = 1 ORDER BY time, id
+"""
+
+
+def read_shadow(
+    predictions: Path,
+    since: float,  # seconds since 1970, included
+    release: str,  # digest: of the release that got the copy
+) -> pd.DataFrame:
+    """One line an id that this release answered in shadow: request, time, probabilities, prediction, latency_ms, old_ms, error."""
+    log = _read_log(predictions)
+    with _open_database(predictions, log, since, float("inf")) as database:
+        return database.execute(_SHADOW, {"since": since, "release": release}).df()
 
 # %% ../../nbs/monitoring/02_prediction_store.ipynb #dcf715d5
 def _ask(

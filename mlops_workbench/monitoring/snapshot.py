@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..core.digits import counted
 from ..core.settings import AlertRule, MonitoringSettings
 from .alerts import AlertBook, RuleState
 from .champion import Champion
@@ -237,9 +238,9 @@ def _details(measured: Measured) -> dict[str, str]:
         f"{n} {_text(getattr(service, f'latency_{n}_ms'), '{:.1f} ms')}" for n in ("p50", "p99")
     ]
     details = {
-        "rate": f"{measured.service.requests} requests, {measured.rows} rows",
+        "rate": f"{counted(measured.service.requests, 'request')}, {counted(measured.rows, 'row')}",
         "latency": ", ".join(latency),
-        "errors": f"{service.errors} errors, {service.refused} refused, {service.requests} answered",
+        "errors": f"{counted(service.errors, 'error')}, {service.refused} refused, {service.requests} answered",
         "accuracy": "no release serves",
         "calibration": "no release serves",
         "drift": found.summary if found else "no release serves",
@@ -247,7 +248,9 @@ def _details(measured: Measured) -> dict[str, str]:
     if quality is not None:
         estimate = quality.figures["accuracy"]
         band = f"{estimate.low:.3f} to {estimate.high:.3f}, " if estimate.low is not None else ""
-        details["accuracy"] = f"{band}{quality.labels} labels of {quality.rows} rows"
+        details["accuracy"] = (
+            f"{band}{counted(quality.labels, 'label')} of {counted(quality.rows, 'row')}"
+        )
         details["calibration"] = (
             measured.comparison.summary if measured.comparison else quality.verdict
         )

@@ -91,10 +91,9 @@ class DataPage(LivePage):
         if not names:
             self.body.children = []
             return
-        newest = max(found, key=lambda row: str(row["created"]), default={"name": names[0]})
         self.setting = True
         try:
-            kept = self.name.value if self.name.value in names else newest["name"]
+            kept = self.name.value if self.name.value in names else self.first_name(names)
             if list(self.name.options) != names:
                 self.name.options = names
             self.name.value = kept
@@ -103,6 +102,12 @@ class DataPage(LivePage):
         self.name.layout.display = "" if len(names) > 1 else "none"
         self.draw_name()
         self.body.children = self.parts
+
+    def first_name(self, names: list[str]) -> str:
+        """Return the data set that the page opens on: that of the recipe, or else that of the newest version."""
+        own = [str(row["name"]) for row in read_table(self.model, "own") if row["name"] in names]
+        newest = max(self.versions, key=lambda row: str(row["created"]), default={"name": names[0]})
+        return own[0] if own else str(newest["name"])
 
     def heading(self, words: str) -> ipywidgets.HTML:
         """Return the title of a part."""
@@ -133,8 +138,9 @@ class DataPage(LivePage):
         self.timeline.value = block(timeline_html(mine, uses, default))
         self.offer_pairs(mine)
         rows = read_table(self.model, "diagnosis")
-        record = json.loads(rows[0]["content"]) if rows else None
-        found = (rows[0]["at"], rows[0]["notebook"]) if rows else ("", "")
+        mine = [row for row in rows if row["name"] in (self.name.value, "")]
+        record = json.loads(mine[0]["content"]) if mine else None
+        found = [mine[0][name] for name in ("at", "notebook", "done")] if mine else []
         self.diagnosis.value = block(diagnosis_html(record, *found))
         self.draw_pair()
         self.draw_review()

@@ -14,32 +14,55 @@ from typing import Any
 from ..core.errors import WorkbenchError
 from ..core.ledger import Ledger
 from ..core.workspace import Workspace, run_git
+from ..data.names import named_versions
 from ..data.records import DataVersion
 from ..data.versions import DataStore
+from .last_diagnoses import diagnosis_files, last_diagnoses
 from .read_models import QUARANTINE, diff_path, model_mark, read_table
 from ..pipeline.data_line import withdrawn_versions
-from ..pipeline.manifest import MANIFEST_FILE, read_manifest
+from ..recipes.protocol import load_recipe
 
 # %% auto #0
-__all__ = ['VERSION_COLUMNS', 'version_row', 'counts_of', 'parent_counts', 'diagnosis_files', 'last_diagnosis', 'data_tables',
+__all__ = ['VERSION_COLUMNS', 'version_row', 'names_by_version', 'own_dataset', 'counts_of', 'parent_counts', 'data_tables',
            'tag_places', 'data_places']
 
 # %% ../../nbs/pages/11_data_tables.ipynb #68c5ce7b
 VERSION_COLUMNS = (
     *("name", "version", "ref", "digest", "rows", "bytes", "columns", "parent", "message"),
-    *("created", "author", "commit_id", "forced", "verdict", "counts", "withdrawn"),
+    *("created", "author", "commit_id", "forced", "verdict", "counts", "withdrawn", "names"),
 )
 
 
-def version_row(version: DataVersion, counts: str, withdrawn: bool) -> tuple[Any, ...]:
+def version_row(
+    version: DataVersion,
+    counts: str,
+    withdrawn: bool,
+    names: Sequence[str],  # given by hand
+) -> tuple[Any, ...]:
     """Return one version as a row of the read model."""
     verdict = str(version.validation.get("verdict", ""))
     return (
         *(version.name, version.version, version.ref, version.digest, version.rows, version.bytes),
         *(len(version.columns), version.parent or "", version.message, version.created_at),
         *(version.created_by, version.commit, int(version.forced), verdict, counts),
-        int(withdrawn),
+        *(int(withdrawn), " ".join(names)),
     )
+
+
+def names_by_version(root: Path, versions: Sequence[DataVersion]) -> dict[str, list[str]]:
+    """Return the names that people gave to versions, such as golden, by reference."""
+    found: dict[str, list[str]] = {}
+    for named in named_versions(root, versions):
+        found.setdefault(named.ref, []).append(named.name.partition("@")[2])
+    return found
+
+
+def own_dataset(workspace: Workspace) -> str:
+    """Return the data set of the workspace's recipe; empty where the recipe cannot be read."""
+    try:
+        return load_recipe(workspace.settings.workspace.recipe, workspace.root).dataset
+    except Exception:  # noqa: BLE001 -- a recipe is a person's own code; the page opens on the newest version then
+        return ""
 
 # %% ../../nbs/pages/11_data_tables.ipynb #718f9f85
 @lru_cache(maxsize=1000)
@@ -58,26 +81,9 @@ def parent_counts(folder: Path, version: DataVersion, known: dict[str, DataVersi
     path = diff_path(folder, parent.ref, parent.digest, version.ref, version.digest)
     return counts_of(path, model_mark(path)) if path.exists() else ""
 
-# %% ../../nbs/pages/11_data_tables.ipynb #9a0f0239
-def diagnosis_files(workspace: Workspace) -> list[Path]:
-    """Return the manifests of the finished diagnoses, the newest last."""
-    found = workspace.runs.glob(f"*/diagnose-*/{MANIFEST_FILE}")
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns)
-
-
-def last_diagnosis(workspace: Workspace) -> list[Sequence[Any]]:
-    """Return when, executed notebook and content (JSON) of the newest diagnosis; none while there is none."""
-    for path in diagnosis_files(workspace)[-1:]:
-        manifest = read_manifest(path.parent)
-        if manifest is not None and "diagnosis.json" in manifest.outputs:
-            notebook = str((path.parent / "notebook.ipynb").relative_to(workspace.runs.parent))
-            content = json.dumps(manifest.read("diagnosis.json"))
-            return [(manifest.finished_at, notebook, content)]
-    return []
-
 # %% ../../nbs/pages/11_data_tables.ipynb #d0a56415
 def data_tables(workspace: Workspace) -> dict[str, tuple[Sequence[str], list[Sequence[Any]]]]:
-    """Return the tables `versions`, `uses`, `defaults`, `quarantine` and `diagnosis`."""
+    """Return the tables `own`, `versions`, `uses`, `defaults`, `quarantine` and `diagnosis`."""
     found = DataStore(workspace).versions()
     versions = [version for version in found if not version.name.endswith(QUARANTINE)]
     quarantines = {version.name: version for version in found if version.name.endswith(QUARANTINE)}
@@ -85,14 +91,20 @@ def data_tables(workspace: Workspace) -> dict[str, tuple[Sequence[str], list[Seq
     ledger = Ledger(workspace.ledger_url)
     try:
         releases, slots = ledger.releases(), ledger.slots()
+        decisions = ledger.decisions(limit=1000)
     finally:
         ledger.close()
     serving = {slot.digest for slot in slots if slot.name == "champion"}
     folder, gone = workspace.read_models, withdrawn_versions(workspace)
+    names = names_by_version(workspace.root, versions)
     return {
+        "own": (("name",), [(own_dataset(workspace),)]),
         "versions": (
             VERSION_COLUMNS,
-            [version_row(v, parent_counts(folder, v, known), v.ref in gone) for v in versions],
+            [
+                version_row(v, parent_counts(folder, v, known), v.ref in gone, names.get(v.ref, []))
+                for v in versions
+            ],
         ),
         "uses": (
             ("ref", "release", "status", "serving", "created"),
@@ -109,7 +121,10 @@ def data_tables(workspace: Workspace) -> dict[str, tuple[Sequence[str], list[Seq
             ("name", "ref", "digest"),
             [(version.name, version.ref, version.digest) for version in quarantines.values()],
         ),
-        "diagnosis": (("at", "notebook", "content"), last_diagnosis(workspace)),
+        "diagnosis": (
+            ("name", "at", "notebook", "content", "done"),
+            last_diagnoses(workspace, decisions),
+        ),
     }
 
 # %% ../../nbs/pages/11_data_tables.ipynb #dda7f1fb

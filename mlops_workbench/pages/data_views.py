@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from ..core.digits import told_apart
 from ..data.diff import DataDiff
 from ..data.distribution import compare_distributions
 from ..data.records import DataVersion
@@ -22,11 +24,12 @@ from .read_models import Tables
 from ..recipes.protocol import class_name, known_classes
 
 # %% auto #0
-__all__ = ['SHOWN_PICTURES', 'SHOWN_ROWS', 'SAMPLED', 'cell_text', 'sample', 'picture_rows', 'column_rows', 'some_rows',
-           'diff_tables', 'problem_tables']
+__all__ = ['SHOWN_PICTURES', 'SHOWN_ROWS', 'CHANGE', 'SAMPLED', 'cell_text', 'sample', 'picture_rows', 'column_rows', 'some_rows',
+           'batch_keys', 'diff_tables', 'problem_tables']
 
 # %% ../../nbs/pages/10_data_views.ipynb #a28d1685
 SHOWN_PICTURES, SHOWN_ROWS = 24, 10
+CHANGE = ["key", "column", "before", "after"]  # a changed cell
 
 
 def cell_text(cell: object) -> str:
@@ -40,9 +43,13 @@ def cell_text(cell: object) -> str:
 
 
 def sample(frame: pd.DataFrame, pictures: str) -> str:
-    """Return the first rows as JSON: columns, and cells as text; pictures are shown elsewhere."""
+    """Return the first rows as JSON: columns, and cells as text, changed ones told apart; pictures are shown elsewhere."""
     shown = frame.drop(columns=pictures, errors="ignore").head(SHOWN_ROWS)
     rows = [[cell_text(cell) for cell in row] for row in shown.itertuples(index=False, name=None)]
+    if list(shown.columns) == CHANGE:
+        pairs = zip(shown["before"], shown["after"], strict=True)
+        for row, pair in zip(rows, pairs, strict=True):
+            row[2:] = told_apart(*pair, cell_text)
     return json.dumps({"columns": [str(name) for name in shown.columns], "rows": rows})
 
 # %% ../../nbs/pages/10_data_views.ipynb #7d56bfc2
@@ -87,20 +94,29 @@ def _spread(count: int) -> list[int]:
 # %% ../../nbs/pages/10_data_views.ipynb #eabfcd4b
 def _cells(stored: StoredVersion, keys: Sequence[object], column: str) -> dict[object, object]:
     """The cells of one column in the rows with these keys."""
-    places = pd.Index(stored.keys.to_pylist()).get_indexer([str(key) for key in keys])
-    found = stored.frame(places[places >= 0].astype(np.int64))
+    found = stored.frame(_places(stored, keys))
     return dict(zip(found[stored.version.key], found[column], strict=True))
+
+
+def _places(stored: StoredVersion, keys: Sequence[object]) -> NDArray[np.int64]:
+    """The places of the rows with these keys, rising."""
+    places = pd.Index(stored.keys.to_pylist()).get_indexer([str(key) for key in keys])
+    return np.sort(places[places >= 0]).astype(np.int64)
 
 # %% ../../nbs/pages/10_data_views.ipynb #337f1c7c
 def column_rows(
-    difference: DataDiff, before: pd.DataFrame, after: pd.DataFrame, key: str, label: str
+    difference: DataDiff,
+    before: pd.DataFrame,  # some rows of the older version
+    after: pd.DataFrame,  # what is compared with them
+    skip: Sequence[str],
+    label: str,
 ) -> list[tuple[str, int, str, float, int, str, str]]:
     """Return column, rows changed, measure, effect, moved, words and shape (JSON); what is new or gone first, then the largest effect."""
     changed = {**difference.by_column, label: len(difference.relabelled)}
     notes = {name: "new column" for name in difference.columns_added}
     notes |= {name: "column is gone" for name in difference.columns_removed}
     notes |= {name: f"type {old} \u2192 {new}" for name, old, new in difference.retyped}
-    report = compare_distributions(after, before, label=label, skip=[key])
+    report = compare_distributions(after, before, label=label, skip=skip)
     found = [
         (
             c.column,
@@ -121,13 +137,22 @@ def column_rows(
 SAMPLED = 50_000  # rows of each version that the histograms are drawn from
 
 
-def some_rows(stored: StoredVersion) -> pd.DataFrame:
-    """Return all rows of a version; of a long one a random row of each of `SAMPLED` equal parts, always the same."""
-    count = len(stored)
+def some_rows(stored: StoredVersion, keys: Sequence[object] | None = None) -> pd.DataFrame:
+    """Return the rows of a version, or those with these keys; of many a random one of each of `SAMPLED` equal parts, always the same."""
+    places = np.arange(len(stored)) if keys is None else _places(stored, keys)
+    count = len(places)
     if count <= SAMPLED:
-        return stored.frame()
+        return stored.frame() if keys is None else stored.frame(places)
     parts = np.arange(SAMPLED) + np.random.default_rng(0).random(SAMPLED)
-    return stored.frame((parts * (count / SAMPLED)).astype(np.int64))
+    return stored.frame(places[(parts * (count / SAMPLED)).astype(np.int64)])
+
+
+def batch_keys(difference: DataDiff, key: str) -> list[object]:
+    """Return the keys of the rows that came or changed where none is gone and some are new; otherwise none: versions are compared whole."""
+    if not len(difference.added) or len(difference.removed):
+        return []
+    parts = difference.added[key], difference.changed["key"], difference.relabelled["key"]
+    return list(dict.fromkeys(each for part in parts for each in part))
 
 # %% ../../nbs/pages/10_data_views.ipynb #281b52de
 def diff_tables(store: DataStore, before: DataVersion, after: DataVersion) -> Tables:
@@ -138,7 +163,8 @@ def diff_tables(store: DataStore, before: DataVersion, after: DataVersion) -> Ta
     key, label = after.key, after.label
     classes = known_classes(store.workspace, after.name)
     pictures = picture_rows(difference, *frames, sides[1], classes)
-    column = picture_column(frames[1])
+    column, came = picture_column(frames[1]), batch_keys(difference, key)
+    batch = some_rows(sides[1], came) if came else frames[1]
     samples = [
         (kind, len(frame), sample(frame, column))
         for kind, frame in (
@@ -154,12 +180,13 @@ def diff_tables(store: DataStore, before: DataVersion, after: DataVersion) -> Ta
         {**flow, **{end: class_name(flow[end], classes) for end in ("from", "to")}}
         for flow in summary["labels"]
     ]
+    summary["batch"] = len(came)
     summary["sampled"] = SAMPLED if max(map(len, sides)) > SAMPLED else 0
     return {
         "summary": (("content",), [(json.dumps(summary, default=str),)]),
         "columns": (
             ("name", "changed", "measure", "effect", "moved", "words", "shape"),
-            column_rows(difference, *frames, key, label),
+            column_rows(difference, frames[0], batch, (key, *after.order), label),
         ),
         "pictures": (("kind", "key", "caption", "address"), pictures),
         "samples": (("kind", "rows", "content"), samples),

@@ -12,7 +12,7 @@ from .look import Markup, escape, table_html
 
 # %% auto #0
 __all__ = ['Record', 'COLOURS', 'SHAPES', 'verdict_html', 'effect_words', 'data_html', 'picture_html', 'rows_html', 'code_html',
-           'diagnosis_html']
+           'remedy_html', 'diagnosis_html']
 
 # %% ../../nbs/pages/16_diagnosis.ipynb #5801b6e8
 Record = Mapping[str, Any]
@@ -108,11 +108,27 @@ def code_html(text: str) -> str:
     )
 
 
-def diagnosis_html(record: Record | None, at: str = "", notebook: str = "") -> str:
+def remedy_html(remedy: Record, done: str) -> str:
+    """Return what to do, or what was done already."""
+    if not remedy.get("command"):
+        return ""
+    title, tail = ("What was done", f"<p>{escape(done)}</p>") if done else ("What to do", "")
+    return (
+        f"<h3>{title}</h3><p>{code_html(remedy.get('reason', ''))}</p>"
+        f'<pre class="mwb-command" tabindex="0">{escape(remedy["command"])}</pre>{tail}'
+    )
+
+
+def diagnosis_html(
+    record: Record | None,
+    at: str = "",
+    notebook: str = "",
+    done: str = "",  # what was done of the remedy since
+) -> str:
     """Return the diagnosis; a sentence where there is none."""
     if record is None:
         return (
-            "<p class='mwb-empty'>No diagnosis yet. <code>mwb why GOOD BAD</code> makes one from two releases, data versions "
+            "<p class='mwb-empty'>No diagnosis of this data set yet. <code>mwb why GOOD BAD</code> makes one from two releases, data versions "
             "or dates, <code>mwb why --alert latest</code> from the last alarm.</p>"
         )
     sides = " \u2192 ".join(
@@ -126,13 +142,7 @@ def diagnosis_html(record: Record | None, at: str = "", notebook: str = "") -> s
         f"<span>{escape(sides)}</span><span>{escape(at[:16].replace('T', ' '))} UTC</span></div>"
         f"<p>{escape(record['summary'])}</p>"
     )
-    remedy = record.get("remedy") or {}
-    todo = ""
-    if remedy.get("command"):
-        todo = (
-            f"<h3>What to do</h3><p>{code_html(remedy.get('reason', ''))}</p>"
-            f'<pre class="mwb-command" tabindex="0">{escape(remedy["command"])}</pre>'
-        )
+    todo = remedy_html(record.get("remedy") or {}, done)
     suspects = [
         [verdict_html(f["verdict"]), f["suspect"], f["text"]] for f in record.get("findings") or []
     ]

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..data.findings import rows_in_words
 from .look import escape, short, table_html
 
 # %% auto #0
@@ -111,7 +112,13 @@ def column_chart(column: Row) -> str:
     return f'<div class="mwb-chart over" role="img" aria-label="{escape(label)}">{head}{histogram_svg(shape)}{foot}</div>'
 
 
-def columns_html(columns: Sequence[Row], before: str, after: str, shown: int = 9) -> str:
+def columns_html(
+    columns: Sequence[Row],
+    before: str,
+    after: str,
+    shown: int = 9,
+    batch: int = 0,  # rows of `after` that are compared; 0: all
+) -> str:
     """Return the columns that moved, drawn; the others folded away, and below a table of changed cells."""
     drawn = [column for column in columns if column["shape"]]
     moved = [column for column in drawn if column["moved"]]
@@ -123,7 +130,8 @@ def columns_html(columns: Sequence[Row], before: str, after: str, shown: int = 9
         parts.append(
             table_html(["column", "what happened"], rows, "", "columns that are not the same")
         )
-    legend = f'<p class="mwb-legend"><u></u>{escape(before)} <s></s>{escape(after)}</p>'
+    later = f"{rows_in_words(batch)} new or changed in {after}" if batch else after
+    legend = f'<p class="mwb-legend"><u></u>{escape(before)} <s></s>{escape(later)}</p>'
     said = f"{len(moved)} of {len(drawn)} moved by more than chance explains. The effect is in standard deviations (SD), or the share of rows."
     parts.append(f"<p>{said if drawn else 'No column can be drawn.'}</p>")
     rest, moved = moved[shown:] + rest, moved[:shown]
@@ -200,12 +208,13 @@ def difference_html(tables: Mapping[str, Sequence[Row]]) -> str:
     if summary["problem"]:
         words = f"These versions cannot be compared: {summary['problem']}"
         return f"<p class='mwb-problem' role='alert'>{escape(words)}</p>"
+    versions = summary["before"], summary["after"]
     return "".join(
         [
             counts_html(summary),
             galleries_html(tables["pictures"], summary),
             flows_html(summary),
-            columns_html(tables["columns"], summary["before"], summary["after"]),
+            columns_html(tables["columns"], *versions, batch=summary.get("batch", 0)),
             sampled_html(summary),
             samples_html(tables["samples"]),
         ]

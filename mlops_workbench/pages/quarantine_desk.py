@@ -41,8 +41,9 @@ def waiting_row(row: Mapping[str, Any], column: str, white: float) -> tuple[Any,
         for name, cell in row["values"].items()
         if name != column and str(cell) not in said
     }
+    same = f"; {row['copies']:,} rows hold the same" if row["copies"] > 1 else ""
     return (
-        *(row["id"], row["reason"], str(row["label"] or ""), str(row["likely"] or "")),
+        *(row["id"], row["reason"] + same, str(row["label"] or ""), str(row["likely"] or "")),
         *(row["probability"], row["batch"]),
         thumbnail(row["values"].get(column), white) if column else "",
         ", ".join(f"{name} {cell_text(cell)}" for name, cell in cells.items()),

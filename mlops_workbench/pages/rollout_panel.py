@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..core.ledger import share_words
 from .charts import Chart, chart_html
 from .look import Markup, escape, table_html
 
@@ -73,7 +74,7 @@ def rollout_html(rollouts: Sequence[Row], looks: Sequence[Row]) -> str:
     goes_on = not newest["ended"]
     shown = [json.loads(look["content"]) for look in looks]
     colour = {"promoted": "good", "aborted": "bad", "paused": "warn"}.get(newest["status"], "")
-    share = f"{steps[newest['step']] * 100:g} % of the traffic, step {newest['step'] + 1} of {len(steps)}"
+    share = f"{share_words(steps[newest['step']])}, step {newest['step'] + 1} of {len(steps)}"
     where = share if goes_on else f"ended {str(newest['ended'])[:16].replace('T', ' ')} UTC"
     last = shown[-1] if shown else None
     said = f"{last['word']}: {last['why']}" if last and goes_on else newest["reason"]

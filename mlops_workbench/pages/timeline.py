@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.findings import rows_in_words
 from .look import Markup, escape, state_html
 
 # %% auto #0
-__all__ = ['Row', 'STEP', 'HEAD', 'Place', 'places', 'gutter_html', 'size_text', 'rows_text', 'change_words', 'marks_html',
-           'row_html', 'timeline_html']
+__all__ = ['Row', 'STEP', 'HEAD', 'Place', 'places', 'gutter_html', 'size_text', 'change_words', 'marks_html', 'row_html',
+           'timeline_html']
 
 # %% ../../nbs/pages/13_timeline.ipynb #d409808a
 Row = Mapping[str, Any]
@@ -25,9 +26,11 @@ class Place:
     """Where one version stands in the drawing."""
 
     lane: int
-    enter: tuple[int, ...]  # lanes that end here, from above
+    from_above: bool  # a line from a child ends here
     through: tuple[int, ...]  # lanes that pass by
-    goes_on: bool  # down to a parent that is shown
+    down: (
+        int | None
+    )  # the lane in which the line to the parent goes on; None: the parent is not shown
 
 
 def places(
@@ -38,15 +41,17 @@ def places(
     lanes: list[str] = []  # the version that each lane leads down to; "" for a free lane
     found = []
     for ref, parent in versions:
-        enter = tuple(number for number, wanted in enumerate(lanes) if wanted == ref)
-        free = lanes.index("") if "" in lanes else len(lanes)
-        lane = enter[0] if enter else free
-        through = tuple(n for n, wanted in enumerate(lanes) if wanted and n not in enter)
-        lanes += [""] * (lane + 1 - len(lanes))
-        for number in enter:
-            lanes[number] = ""
-        lanes[lane] = parent if parent in shown else ""
-        found.append(Place(lane, enter, through, bool(lanes[lane])))
+        from_above = ref in lanes
+        if not from_above and "" not in lanes:
+            lanes.append("")
+        lane = lanes.index(ref if from_above else "")
+        lanes[lane] = ""
+        through = tuple(number for number, wanted in enumerate(lanes) if wanted)
+        down = None
+        if parent in shown:
+            down = lanes.index(parent) if parent in lanes else lane
+            lanes[down] = parent
+        found.append(Place(lane, from_above, through, down))
     return found
 
 # %% ../../nbs/pages/13_timeline.ipynb #18e0cfa0
@@ -59,18 +64,19 @@ def gutter_html(place: Place, width: int) -> str:
     def x(lane: int) -> float:
         return STEP * (lane + 0.5)
 
-    top = [f"M{x(n)},0V{HEAD}" for n in place.through]
     here = x(place.lane)
-    for n in place.enter:
-        bend = f"C{x(n)},{HEAD * 0.7} {here},{HEAD * 0.3} {here},{HEAD}"
-        top.append(f"M{x(n)},0{bend}" if n != place.lane else f"M{here},0V{HEAD}")
-    below = [*place.through, *([place.lane] if place.goes_on else [])]
+    top = [f"M{x(n)},0V{HEAD}" for n in place.through]
+    top += [f"M{here},0V{HEAD}"] if place.from_above else []
+    below = [f"M{x(n)},0V100" for n in place.through]
+    if place.down is not None:
+        there = x(place.down)
+        below.append(f"M{here},0C{here},60 {there},40 {there},100")
     size = f'width="{STEP * width}"'
     return (
         f'<div class="mwb-gutter" aria-hidden="true" style="width:{STEP * width}px">'
         f'<svg {size} height="{HEAD}"><path d="{"".join(top)}"/></svg>'
         f'<svg {size} class="rest" viewBox="0 0 {STEP * width} 100" preserveAspectRatio="none">'
-        f'<path d="{"".join(f"M{x(n)},0V100" for n in below)}"/></svg>'
+        f'<path d="{"".join(below)}"/></svg>'
         f'<i style="left:{here}px;top:{HEAD}px"></i></div>'
     )
 
@@ -83,11 +89,6 @@ def size_text(count: int) -> str:
             return f"{size:.3g} {unit}" if unit != "B" else f"{count} B"
         size /= 1000
     return f"{size:.3g} TB"
-
-
-def rows_text(count: int) -> str:
-    """Return a number of rows in words."""
-    return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 def change_words(version: Row) -> str:
@@ -106,8 +107,11 @@ def change_words(version: Row) -> str:
 
 # %% ../../nbs/pages/13_timeline.ipynb #ac3cd4d9
 def marks_html(version: Row, uses: Sequence[Row], default: str) -> str:
-    """Return the marks beside the name: what counts, what was forced, which releases learned from it."""
-    marks = []
+    """Return the marks beside the name: its own names, what counts, what was forced, which releases learned from it."""
+    marks = [
+        f'<span class="mwb-mark tag" title="a name given with mwb data tag">{escape(name)}</span>'
+        for name in version["names"].split()
+    ]
     if version["ref"] == default:
         marks.append(
             '<span class="mwb-mark strong" title="the next batch is added to it">default</span>'
@@ -134,7 +138,7 @@ def marks_html(version: Row, uses: Sequence[Row], default: str) -> str:
 def row_html(version: Row, place: Place, width: int, uses: Sequence[Row], default: str) -> str:
     """Return one version."""
     parent = f" from {escape(version['parent'].partition('@')[2])}" if version["parent"] else ""
-    facts = f"{rows_text(version['rows'])}, {size_text(version['bytes'])}, {escape(change_words(version))}"
+    facts = f"{rows_in_words(version['rows'])}, {size_text(version['bytes'])}, {escape(change_words(version))}"
     made = (
         f"{escape(str(version['created'])[:16].replace('T', ' '))} UTC, {escape(version['author'])}"
         f", commit <code>{escape(version['commit_id'][:8])}</code>"
@@ -157,7 +161,7 @@ def timeline_html(
     if not versions:
         return "<p class='mwb-empty'>No version yet.</p>"
     found = places([(version["ref"], version["parent"]) for version in versions])
-    width = 1 + max(max([p.lane, *p.through, *p.enter]) for p in found)
+    width = 1 + max(max([p.lane, *p.through]) for p in found)
     items = [
         row_html(v, place, width, [use for use in uses if use["ref"] == v["ref"]], default)
         for v, place in zip(versions, found, strict=True)
@@ -165,5 +169,7 @@ def timeline_html(
     rest = ""
     if len(items) > shown:
         inner = f'<ol class="mwb-timeline">{"".join(items[shown:])}</ol>'
-        rest = f"<details><summary>{len(items) - shown} older versions</summary>{inner}</details>"
+        older = len(items) - shown
+        words = f"{older} older version{'' if older == 1 else 's'}"
+        rest = f"<details><summary>{words}</summary>{inner}</details>"
     return f'<ol class="mwb-timeline" aria-label="versions, newest first">{"".join(items[:shown])}</ol>{rest}'

@@ -19,6 +19,7 @@ import pandas as pd
 
 from ..core.errors import DataError
 from ..data.changes import Changes, ChangeSet, read_changes, versions_between
+from ..data.drop import MOST
 from ..data.versions import DataStore
 from ..experiment.retrains import Budget, Retrain, Retrainer
 from mlops_workbench.experiment.sequential import (
@@ -31,14 +32,14 @@ from mlops_workbench.experiment.sequential import (
     retrain_limit,
 )
 from ..experiment.witnesses import Belief, ask_old_models, mean_logits, rank_rows
+from .judges import choose_judges, doubts, judges_words, judging_rows
 from ..recipes.protocol import Recipe, Scalar, encode
 
 # %% auto #0
-__all__ = ['MOST_JUDGES', 'SMALL_ACCURACY', 'FOUND_BY', 'Step', 'Culprit', 'choose_judges', 'Inquiry', 'changed_rows',
-           'most_suspicious', 'forced_rows', 'largest_forced', 'find_culprit']
+__all__ = ['SMALL_ACCURACY', 'FOUND_BY', 'Step', 'Culprit', 'Inquiry', 'changed_rows', 'most_suspicious', 'refused_keys',
+           'largest_forced', 'find_culprit']
 
-# %% ../../nbs/pipeline/50_culprit.ipynb #a67ff1ea
-MOST_JUDGES = 2000
+# %% ../../nbs/pipeline/50_culprit.ipynb #76ff34db
 SMALL_ACCURACY = 0.03  # a loss of accuracy below this is called small
 FOUND_BY = {
     "retraining": "retraining: models that learned from it are measurably worse",
@@ -81,8 +82,16 @@ class Culprit:
     seconds: float
     mended: tuple[float, float] | None = None  # loss and accuracy without the guilty rows
     examples: pd.DataFrame | None = None  # the most suspicious rows as they stand in the version
-    reference: str = ""  # the version that the judges were taken from
+    reference: str = ""  # what the judges were taken from
     forced: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # version -> keys
+    parent_doubts: str = ""  # what speaks against going back to the parent
+    repaired: int = 0  # doubtful rows of the good version that the bad one does not have
+
+    @property
+    def batch_keys(self) -> tuple[Any, ...]:
+        """The keys of the whole guilty change where most of its rows are guilty; none where only some are."""
+        keys = self.change.keys if self.change is not None else ()
+        return keys if len(self.guilty_keys) > MOST * len(keys) else ()
 
     @property
     def is_small(self) -> bool:
@@ -128,22 +137,6 @@ class Culprit:
     def guilty_keys(self) -> list[Any]:
         """The keys of the guilty rows, most suspicious first."""
         return [] if self.rows is None else self.rows["key"][self.rows["guilty"]].tolist()
-
-# %% ../../nbs/pipeline/50_culprit.ipynb #a5c805ae
-def choose_judges(recipe: Recipe, good: pd.DataFrame) -> pd.DataFrame:
-    """Held-out rows of the good version, at most 2,000; DataError when there are fewer than 30."""
-    part = recipe.split(good)
-    judges = good[(part == "test").to_numpy()]
-    if len(judges) < MOST_JUDGES:
-        more = good[(part == "validation").to_numpy()]
-        judges = pd.concat([judges, more])
-    if len(judges) < 30:
-        raise DataError(
-            f"expected at least 30 held-out rows of the good version to judge by, found {len(judges)} among {len(good)}; "
-            "name a good version with more rows"
-        )
-    chosen = np.random.default_rng(0).permutation(len(judges))[:MOST_JUDGES]
-    return judges.iloc[np.sort(chosen)].reset_index(drop=True)
 
 # %% ../../nbs/pipeline/50_culprit.ipynb #9dfc5310
 @dataclass
@@ -244,8 +237,8 @@ def most_suspicious(
                 found.append((belief.excess * len(rows), place, changes, change, belief))
     return max(found, key=lambda one: one[0])[1:] if found else None
 
-# %% ../../nbs/pipeline/50_culprit.ipynb #eb768540
-def forced_rows(inquiry: Inquiry) -> dict[str, tuple[Any, ...]]:
+# %% ../../nbs/pipeline/50_culprit.ipynb #c83e3fd3
+def refused_keys(inquiry: Inquiry) -> dict[str, tuple[Any, ...]]:
     """The keys that forced versions on the line added or changed and the last version still has, by version."""
     found: dict[str, tuple[Any, ...]] = {}
     key = str(inquiry.recipe.features.key)
@@ -288,11 +281,12 @@ def find_culprit(
     if len(line) == 1:
         raise DataError(f"expected two different versions to compare, found {line[0]} twice")
     first = store.load(line[0])
-    judges = choose_judges(recipe, first)
+    trusted, repaired = judging_rows(store, line[0], line[-1])
+    judges = choose_judges(recipe, trusted)
     retrainer = Retrainer(recipe, judges, folder, parameters, budget or Budget())
     retrainer.rows = len(retrainer.training_rows(first, 0))
     inquiry = Inquiry(store, recipe, line, retrainer, say, frames={line[0]: first})
-    comparison, forced = inquiry.compare(), forced_rows(inquiry)
+    comparison, forced = inquiry.compare(), refused_keys(inquiry)
     place, changes, change, belief, found_by = 0, None, None, None, ""
     if comparison.verdict != "not worse":
         place, found_by = inquiry.bad_version(comparison), "retraining"
@@ -300,10 +294,11 @@ def find_culprit(
         change = inquiry.bad_change(changes, comparison)
         if unsure := {step.search for step in inquiry.steps if not step.decided}:
             places = range(1, len(line)) if "versions" in unsure else [place]
-            if (suspicion := most_suspicious(inquiry, comparison, places)) is not None:
+            suspicion = None if repaired else most_suspicious(inquiry, comparison, places)
+            if suspicion is not None:
                 (place, changes, change, belief), found_by = suspicion, "belief"
     else:
-        suspicion = most_suspicious(inquiry, comparison, range(1, len(line)))
+        suspicion = None if repaired else most_suspicious(inquiry, comparison, range(1, len(line)))
         refused = largest_forced(inquiry, forced)
         if suspicion is not None:
             (place, changes, change, belief), found_by = suspicion, "belief"
@@ -333,8 +328,10 @@ def find_culprit(
         seconds=time.monotonic() - begun,
         mended=mended,
         examples=examples,
-        reference=line[0],
+        reference=judges_words(line[0], len(first) - len(trusted)),
         forced=forced,
+        repaired=repaired,
+        parent_doubts=doubts(store, line[place - 1], line[place]) if place else "",
     )
 
 # %% ../../nbs/pipeline/50_culprit.ipynb #4196ab72

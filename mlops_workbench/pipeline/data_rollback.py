@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from ..core.errors import DataError
 from ..core.ledger import Ledger
 from ..core.workspace import Workspace
+from ..data.findings import rows_in_words
+from ..data.names import with_data_set
 from ..data.records import DataVersion
 from ..data.versions import DataStore
 from .data_line import withdrawn_versions
@@ -52,6 +54,7 @@ def rollback_data(
     Raises DataError for an unknown version, IntegrityError when no whole copy of its rows is left, and
     ConflictError when another decision came first.
     """
+    ref = with_data_set(workspace.root, ref)
     if "@" not in ref:
         raise DataError(
             f"expected the version to go back to, such as {ref}@v1.0, found {ref!r}; see `mwb data list`"
@@ -79,7 +82,7 @@ def rollback_data(
         change.set_slot(data_slot(version.ref), version.ref, epoch)
         change.enqueue(
             f"data rolled back to {version.ref}",
-            f"{version.ref} ({version.rows:,} rows) is the default in place of {before}: {reason}",
+            f"{version.ref} ({rows_in_words(version.rows)}) is the default in place of {before}: {reason}",
             severity="warning",
             key=f"data-rollback-{version.ref}-{change.decision_id}",
         )

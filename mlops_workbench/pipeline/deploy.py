@@ -12,7 +12,7 @@ import httpx
 
 from ..core.bundle import read_manifest
 from ..core.errors import ServingError, StageError
-from ..core.ledger import Ledger
+from ..core.ledger import Ledger, share_words
 from ..core.workspace import Workspace
 from ..experiment.tracking import register_release, set_alias
 from .manifest import Manifest
@@ -80,19 +80,21 @@ def begin_rollout(stage: Stage, wanted: str) -> Outcome | None:
     )
     stage.data_version = release.data_version
     champion = ledger.release(slot.digest).name
-    record = {
-        "release": release.name,
-        "digest": release.digest,
-        "rollout": rollout.name,
-        "champion": champion,
-    }
-    return Outcome(
-        verdict="rollout",
-        summary=f"{release.name} ({release.data_version}) gets {rollout.share:.0%} of the traffic beside {champion}: {rollout.name}; "
+    return _outcome(
+        stage, "rollout",
+        f"{release.name} ({release.data_version}) gets {share_words(rollout.share)} beside {champion}: {rollout.name}; "
         "see `mwb release status`",
-        metrics={"share": rollout.share},
-        outputs={"deployment.json": write_output(stage, "deployment.json", record)},
-    )
+        {"share": rollout.share},
+        {"release": release.name, "digest": release.digest, "rollout": rollout.name, "champion": champion},
+    )  # fmt: skip
+
+
+def _outcome(
+    stage: Stage, verdict: str, summary: str, metrics: dict[str, float], record: dict[str, str]
+) -> Outcome:
+    """The outcome, with the record of what was put to work as its output."""
+    outputs = {"deployment.json": write_output(stage, "deployment.json", record)}
+    return Outcome(verdict, summary, metrics, outputs)
 
 
 def deploy_release(
@@ -120,15 +122,7 @@ def deploy_release(
     if answered is None:
         where = find_server(stage.workspace).unserved
     came = f"replaced {change.previous or 'nothing'}" if change.decision_id else "serves already"
-    record = {
-        "release": change.name,
-        "digest": change.digest,
-        "previous": change.previous,
-        "registry": version,
-    }
-    return Outcome(
-        verdict="deployed",
-        summary=f"{change.name} ({change.data_version}) {came}; {where}",
-        metrics={"seconds": seconds},
-        outputs={"deployment.json": write_output(stage, "deployment.json", record)},
-    )
+    return _outcome(
+        stage, "deployed", f"{change.name} ({change.data_version}) {came}; {where}", {"seconds": seconds},
+        {"release": change.name, "digest": change.digest, "previous": change.previous, "registry": version},
+    )  # fmt: skip

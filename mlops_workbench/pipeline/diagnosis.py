@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ import pandas as pd
 from ..core.clock import iso
 from ..core.errors import shorten
 from ..core.workspace import Workspace
+from ..data.changes import ChangeSet
 from ..data.thumbnails import brightness, picture_column, thumbnail
 from ..data.versions import DataStore
 from ..experiment.retrains import Budget, Retrainer
 from ..experiment.sequential import Comparison, compare_sides
-from .culprit import FOUND_BY, Culprit, choose_judges, find_culprit
+from .culprit import FOUND_BY, Culprit, find_culprit
 from .fall import Fall, Side, read_fall
+from .judges import choose_judges, judging_rows
 from .outcome import Outcome, decided_by, numbers, write_output
 from .stage import Stage
 from mlops_workbench.pipeline.suspects import (
@@ -181,7 +183,7 @@ def _try_parameters(
     """Both sides' parameters on the good rows; None where they do not differ."""
     if not different_parameters(fall):
         return None
-    frame = store.load(fall.good.data_version)
+    frame, _ = judging_rows(store, fall.good.data_version, fall.bad.data_version)
     retrainer = Retrainer(recipe, choose_judges(recipe, frame), folder, budget=budget)
 
     def train(side: Side, seed: int) -> Any:
@@ -198,6 +200,33 @@ def _drop_command(culprit: Culprit, as_in: str, keys_file: str, why: str) -> str
     return shlex.join([*parts, "--as-in", as_in, "-m", why])
 
 
+def _data_remedy(culprit: Culprit, change: ChangeSet, keys_file: str) -> Remedy:
+    """What to do about a guilty change: leave its guilty rows out, all of it where most is guilty, or go back."""
+    back = shlex.join(["mwb", "data", "rollback", culprit.parent])
+    if culprit.parent_doubts:
+        return Remedy(
+            "",
+            f"not back to {culprit.parent} unseen: {culprit.parent_doubts}. Look at `mwb data diff {culprit.parent} "
+            f"{culprit.version}`; if {culprit.parent} is right after all: {back}",
+        )
+    if not (culprit.guilty_keys and keys_file):
+        return Remedy(back, f"back to the last version before {change.title}")
+    guilty = f"{len(culprit.guilty_keys)} wrong rows of {culprit.version}"
+    named = f" ({change.name})" if change.name != culprit.version else ""
+    whole = len(culprit.batch_keys)
+    why = f"{change.title} of {culprit.version}: most of it is wrong" if whole else guilty + named
+    what = (
+        f"all {whole:,} rows of the change, most of which are guilty,"
+        if whole
+        else "the guilty rows"
+    )
+    return Remedy(
+        _drop_command(culprit, culprit.parent, keys_file, why),
+        f"a new version without {what}; then "
+        f"`mwb run train evaluate deploy -p data_version={culprit.line[-1].partition('@')[0]}`, the new default",
+    )
+
+
 def choose_remedy(
     diagnosis: Diagnosis,
     keys_file: str = "",  # where the guilty (verdict "not shown": the suspicious) keys were written
@@ -205,18 +234,7 @@ def choose_remedy(
     """What to do about the likeliest suspect."""
     fall, culprit = diagnosis.fall, diagnosis.culprit
     if diagnosis.verdict == "data" and culprit is not None and culprit.change is not None:
-        if culprit.guilty_keys and keys_file:
-            change = f" ({culprit.change.name})" if culprit.change.name != culprit.version else ""
-            why = f"{len(culprit.guilty_keys)} wrong rows of {culprit.version}{change}"
-            return Remedy(
-                _drop_command(culprit, culprit.parent, keys_file, why),
-                "a new version without the guilty rows; then "
-                f"`mwb run train evaluate deploy -p data_version={culprit.line[-1].partition('@')[0]}`, the new default",
-            )
-        return Remedy(
-            shlex.join(["mwb", "data", "rollback", culprit.parent]),
-            f"back to the last version before {culprit.change.title}",
-        )
+        return _data_remedy(culprit, culprit.change, keys_file)
     if diagnosis.verdict == "not shown" and culprit is not None and keys_file:
         refused = sum(len(keys) for keys in culprit.forced.values())
         kind = f"{refused:,} forced and" if refused else f"{len(culprit.suspicious_keys):,}"
@@ -230,9 +248,12 @@ def choose_remedy(
     if diagnosis.verdict in ("traffic", "labels' meaning") and fall.window is not None:
         since, until = (f"{moment:.0f}" for moment in fall.window)
         command = f"mwb run prepare train evaluate -p log_since={since} -p log_until={until}"
+        first = ""
+        if diagnosis.verdict == "labels' meaning":
+            first = "first check some of these answers with whoever gave them: wrong answers look just like that. When they are right, "
         return Remedy(
             command,
-            "learn from the labelled rows of the new traffic; nothing is wrong with the old ones",
+            f"{first}learn from the labelled rows of the new traffic; nothing is wrong with the old ones",
         )
     if diagnosis.verdict == "service":
         return Remedy(
@@ -344,14 +365,16 @@ def record_diagnosis(stage: Stage, diagnosis: Diagnosis) -> tuple[Outcome, Remed
     """Write the outputs and the ledger's decision; the outcome and the remedy."""
     outputs: dict[str, Path] = {}
     culprit = diagnosis.culprit
-    keys_file = ""
-    shown = culprit is not None and culprit.is_shown
-    name = "guilty_keys.json" if shown else "suspicious_keys.json"
-    named = [] if culprit is None else culprit.guilty_keys if shown else culprit.suspicious_keys
-    if named:
-        place = outputs[name] = write_output(stage, name, [_plain(key) for key in named])
-        root = stage.workspace.root
-        keys_file = str(place.relative_to(root) if place.is_relative_to(root) else place)
+    keys_file, lists = "", dict[str, Sequence[Any]]()
+    if culprit is not None and culprit.is_shown:
+        lists = {"guilty_keys.json": culprit.guilty_keys, "batch_keys.json": culprit.batch_keys}
+    elif culprit is not None:
+        lists = {"suspicious_keys.json": culprit.suspicious_keys}
+    for name, keys in lists.items():  # the last is what the remedy leaves out
+        if keys:
+            place = outputs[name] = write_output(stage, name, [_plain(key) for key in keys])
+            root = stage.workspace.root
+            keys_file = str(place.relative_to(root) if place.is_relative_to(root) else place)
     remedy = choose_remedy(diagnosis, keys_file)
     record = diagnosis_record(diagnosis, remedy)
     outputs["diagnosis.json"] = write_output(stage, "diagnosis.json", record)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.features import FeatureSchema
-from ..monitoring.figures import shapes_figure
+from ..monitoring.figures import draw_shapes
 from .culprit import FOUND_BY, Culprit
 from .figures import BLUE, GREY, ORANGE, new_figure
 from .suspects import Traffic
@@ -196,8 +196,13 @@ def stairs_figure(traffic: Traffic) -> Figure | None:
 
 # %% ../../nbs/pipeline/55_diagnosis_figures.ipynb #86fe9da4
 def moved_columns(traffic: Traffic) -> Figure | None:
-    """Both distributions of the columns that moved most; None when drift could not be measured."""
-    return None if traffic.drift is None else shapes_figure({"drift": traffic.drift.to_json()})
+    """Both distributions of the columns that moved most, in the words of the verdict; None when drift could not be measured."""
+    if traffic.drift is None:
+        return None
+    columns = [(name, *seen) for name, seen in traffic.moved.items()]
+    drifted = sorted((c for c in traffic.drift.columns if c.moved), key=lambda c: -c.effect)
+    columns += [(c.column, c.direction, c.shape) for c in drifted if c.column not in traffic.moved]
+    return draw_shapes([column for column in columns if column[2]][:6])
 
 
 def search_words(culprit: Culprit) -> str:

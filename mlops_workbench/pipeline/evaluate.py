@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from ..data.records import DataVersion
-from ..data.versions import DataStore
+from ..data.forced import forced_rows
 from ..experiment.provenance import collect
 from ..monitoring.profile import build_profile
 from .manifest import Manifest
@@ -24,7 +22,7 @@ from ..release.gates import GateReport, evaluate_gates
 from ..release.standard import gate_of
 
 # %% auto #0
-__all__ = ['build_candidate', 'forced_rows', 'run_gates', 'record_verdict']
+__all__ = ['build_candidate', 'run_gates', 'record_verdict']
 
 # %% ../../nbs/pipeline/33_evaluate.ipynb #1ac8f867
 def build_candidate(stage: Stage, trained: Manifest, parts: dict[str, pd.DataFrame]) -> Path:
@@ -52,23 +50,6 @@ def build_candidate(stage: Stage, trained: Manifest, parts: dict[str, pd.DataFra
         cycle=stage.cycle,
     )
 
-# %% ../../nbs/pipeline/33_evaluate.ipynb #5f1d448c
-def forced_rows(store: DataStore, ref: str) -> int:
-    """Return how many rows of a data version were stored against the checks, by it or by a version it was built on."""
-    version: DataVersion | None = store.resolve(ref)
-    columns = ["key", "row_hash"]
-    left = pd.MultiIndex.from_frame(store.rows(ref)[columns])
-    forced: set[int] = set()
-    while version is not None:
-        parent = store.resolve(version.parent) if version.parent else None
-        if version.forced:
-            came = left.isin(pd.MultiIndex.from_frame(store.rows(version)[columns]))
-            if parent is not None:
-                came &= ~left.isin(pd.MultiIndex.from_frame(store.rows(parent)[columns]))
-            forced |= set(np.flatnonzero(came).tolist())
-        version = parent
-    return len(forced)
-
 # %% ../../nbs/pipeline/33_evaluate.ipynb #185cfb4d
 def run_gates(stage: Stage, bundle: Path, trained: Manifest, rows: pd.DataFrame) -> GateReport:
     """Measure every gate of the bundle on held-out rows, against the champion where there is one."""
@@ -82,7 +63,7 @@ def run_gates(stage: Stage, bundle: Path, trained: Manifest, rows: pd.DataFrame)
         rows,
         gate=gate_of(stage.workspace.settings, stage.recipe.name),
         parity=trained.metrics["parity"],
-        forced_rows=forced_rows(stage.data, stage.data_version),
+        forced_rows=int(forced_rows(stage.data, stage.data_version).sum()),
         champion_bundle=Path(champion.path) if champion is not None and comparable else None,
     )
 

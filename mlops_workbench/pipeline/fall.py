@@ -172,9 +172,10 @@ def read_fall(
     if alert:
         return alert_fall(workspace, alert)
     if not good or not bad:
+        found = f"only {good or bad!r}" if good or bad else "neither"
         raise UsageError(
-            "expected an alert, or a good and a bad state, found neither; for instance "
-            "`mwb why --alert latest` or `mwb why flights-r1 flights-r2`"
+            f"expected a good and a bad state, or an alert, found {found}; for instance {_example(workspace)}, "
+            "two dates, two data versions, or `mwb why --alert latest`"
         )
     sides, windows = [], []
     minutes = workspace.settings.monitoring.window_minutes
@@ -187,4 +188,24 @@ def read_fall(
             sides.append(data_side(workspace, text, recipe))
         else:
             sides.append(release_side(workspace, Ledger(workspace.ledger_url).release(text)))
-    return Fall(f"{good} against {bad}", sides[0], sides[1], windows[1], windows[0])
+    asked = " against ".join(
+        text + (_span_words(window) if window else "")
+        for text, window in zip((good, bad), windows, strict=True)
+    )
+    return Fall(asked, sides[0], sides[1], windows[1], windows[0])
+
+
+def _example(workspace: Workspace) -> str:
+    """The question about the release that serves and the one before it, where there are both."""
+    ledger = Ledger(workspace.ledger_url)
+    slot = ledger.slot("champion")
+    before = release_before(ledger, slot.digest) if slot else None
+    if slot is None or before is None:
+        return "`mwb why flights-r1 flights-r2`"
+    return f"`mwb why {before.name} {ledger.release(slot.digest).name}` (the former release and the present one)"
+
+
+def _span_words(window: tuple[float, float]) -> str:
+    """How long a named stretch of time is."""
+    minutes = (window[1] - window[0]) / 60
+    return " (the whole day, UTC)" if minutes == 1440 else f" ({minutes:g} minutes from then)"

@@ -18,6 +18,7 @@ from ..data.versions import DataStore
 from ..experiment.owner import this_process
 from ..monitoring.prediction_store import read_window
 from .deploy import follow_in_registry
+from .rollout_record import missing_records, start_writer
 from .runner import CycleResult, run_stages
 from ..release.deployment import default_data
 from ..release.rollout_judge import tend_rollout
@@ -81,6 +82,7 @@ def tend(workspace: Workspace, say: Callable[[str], None]) -> str:
     rollout, found, move = looked
     if move.kind != "wait":
         say(f"{rollout.name}: {found.new.name} {MOVES[move.kind]}: {move.reason}")
+        start_writer(workspace)
     if move.kind == "promote":
         follow_in_registry(workspace, rollout.candidate)
     return move.kind
@@ -90,11 +92,14 @@ MOVES = {
     "advance": "gets more traffic",
     "promote": "serves all traffic now",
     "abort": "gets no traffic any more",
+    "pause": "keeps its share and waits",
 }
 
 
 def tend_always(workspace: Workspace, stop: threading.Event, say: Callable[[str], None]) -> None:
-    """Look at the rollout every `rollout.interval_seconds` until `stop` is set."""
+    """Look at the rollout every `rollout.interval_seconds` until `stop` is set; write first what an earlier loop left unwritten."""
+    if missing_records(workspace):
+        start_writer(workspace)
     while not stop.wait(workspace.settings.rollout.interval_seconds):
         try:
             tend(workspace, say)

@@ -154,23 +154,23 @@ def _store(
         parent=standing_version(stage),
     )
     if intake.version is None:
-        said = f"{len(batch)} rows refused: {words(report)}"
+        said = f"{rows_in_words(len(batch))} refused: {words(report)}"
         return Outcome("refused", said, {"rows": len(batch)}, evidence)
     ref = intake.version.ref
     stage.data_version = ref
     forced = intake.verdict == "forced"
     how = "forced although the checks refuse it" if forced else "accepted"
     if not report.rows:  # nothing that was not there
-        said = f"{ref}: {intake.version.rows} rows stay as they are; the {len(batch)} rows of the source are among them"
+        said = f"{ref}: nothing is new, {rows_in_words(intake.version.rows)} as before; all of the source are among them"
         figures = {"rows": float(intake.version.rows), "new_rows": 0.0, "held_rows": 0.0}
         set_default_data(stage.workspace, ref, reason="the same rows again", **by)
         return Outcome("accepted", said, figures, evidence)
-    set_default_data(stage.workspace, ref, reason=f"{intake.rows} rows {how}", **by)
+    set_default_data(stage.workspace, ref, reason=f"{rows_in_words(intake.rows)} {how}", **by)
     new = intake.version.rows - (0 if previous is None else len(previous))
     again = f", {intake.rows - new} changed" if intake.rows > new else ""
     metrics = {"rows": float(intake.version.rows), "new_rows": float(new)}
     metrics["held_rows"] = float(intake.held)
-    said = f"{ref}: {intake.version.rows} rows, {new} of them new{again}, {how}"
+    said = f"{ref}: {rows_in_words(intake.version.rows)}, {new:,} of them new{again}, {how}"
     if intake.quarantine is not None:
         said += (
             f"; {rows_in_words(intake.held)} held back in {intake.quarantine.ref}: see them with "

@@ -22,11 +22,12 @@ from ..data.versions import DataStore
 from ..experiment.retrains import row_losses
 from ..experiment.sequential import Comparison
 from ..monitoring.champion import read_part
-from ..data.directions import number_direction
+from ..data.directions import number_shape
 from ..monitoring.drift import DriftReport, drift
 from ..monitoring.prediction_store import read_window
 from ..monitoring.service import ServiceFigures, window_service
-from .culprit import Culprit, choose_judges
+from .culprit import Culprit
+from .judges import choose_judges, judging_rows
 from .fall import Fall, Side
 from .traffic_shift import TrafficShift, take_apart
 from ..recipes.metrics import roc_area
@@ -218,7 +219,9 @@ class Traffic:
     gap_costs: Mapping[str, float] = field(
         default_factory=dict
     )  # feature -> loss a row that its gaps cost
-    moved: Mapping[str, str] = field(default_factory=dict)  # column -> where it went, in words
+    moved: Mapping[str, tuple[str, Mapping[str, Any]]] = field(
+        default_factory=dict
+    )  # column -> where it went in words, and both histograms
 
 
 def judge_service(traffic: Traffic | None) -> Finding:
@@ -271,7 +274,7 @@ def judge_traffic(traffic: Traffic | None) -> Finding:
     found = traffic.drift
     drifted = {c.column: c.direction for c in (found.columns if found else []) if c.moved}
     others = {name: words for name, words in drifted.items() if name not in traffic.moved}
-    moved = {**traffic.moved, **others}
+    moved = {name: words for name, (words, _) in traffic.moved.items()} | others
     words = "; ".join(f"{name}: {where}" for name, where in list(moved.items())[:6])
     words = words or "no column moved beyond chance"
     numbers: dict[str, Any] = {"columns_moved": len(moved)}
@@ -358,12 +361,12 @@ SEPARATING = 0.62  # area under the ROC curve from which a single number tells t
 
 def moved_numbers(
     before: pd.DataFrame, now: pd.DataFrame, features: FeatureSchema
-) -> dict[str, str]:
-    """The numbers that tell both tables apart, the clearest first, each with where it went.
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The numbers that tell both tables apart, the clearest first, each with where it went and both histograms.
 
     A column that was constant in training and begins to vary has no spread to measure an effect in; its ranks have.
     """
-    found: list[tuple[float, str, str]] = []
+    found: list[tuple[float, str, tuple[str, dict[str, Any]]]] = []
     for feature in features.of_kind("number"):
         sides = [
             pd.to_numeric(frame[feature.name]).dropna().to_numpy(dtype=np.float64)
@@ -376,8 +379,9 @@ def moved_numbers(
         clear = abs((area or 0.5) - 0.5) + 0.5
         if clear >= SEPARATING:
             spread = float(sides[0].std()) or float(both.std())
-            found.append((clear, feature.name, number_direction(sides[0], sides[1], spread)))
-    return {name: words for _, name, words in sorted(found, reverse=True)}
+            found.append((clear, feature.name, number_shape(sides[0], sides[1], spread)))
+    found.sort(key=lambda one: one[0], reverse=True)
+    return {name: seen for _, name, seen in found}
 
 
 def gap_costs(
@@ -408,7 +412,8 @@ def read_traffic(
     labelled = rows[rows[label] >= 0]
     shift = shares = None
     costs: dict[str, float] = {}
-    held_out = choose_judges(recipe, store.load(fall.good.data_version))
+    rows_that_judge, _ = judging_rows(store, fall.good.data_version, fall.bad.data_version)
+    held_out = choose_judges(recipe, rows_that_judge)
     held_out = held_out.assign(**{label: encode(recipe, held_out)[1]})
     if len(labelled) >= settings.minimum_labels:
         last = len(features.classes) - 1

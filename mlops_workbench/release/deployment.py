@@ -19,12 +19,14 @@ from ..core.pointer import Pointer, SlotEntry, write_pointer
 from ..core.workspace import Workspace
 
 # %% auto #0
-__all__ = ['CHAMPION', 'CHALLENGER', 'data_slot', 'Change', 'record_release', 'write_projection', 'next_release_name', 'deploy',
-           'former_champions', 'rollback_target', 'rollback', 'clear_release', 'set_default_data', 'default_data']
+__all__ = ['CHAMPION', 'CHALLENGER', 'SHADOW', 'data_slot', 'Change', 'record_release', 'write_projection', 'next_release_name',
+           'deploy', 'former_champions', 'rollback_target', 'rollback', 'clear_release', 'set_default_data',
+           'default_data']
 
 # %% ../../nbs/release/03_deployment.ipynb #27ebf87f
 CHAMPION = "champion"
 CHALLENGER = "challenger"  # the slot of a release that a rollout gives a share of the traffic
+SHADOW = "shadow"  # of one that gets a copy: its answers are kept and not given
 
 # %% ../../nbs/release/03_deployment.ipynb #ee686247
 def data_slot(ref: str) -> str:
@@ -103,8 +105,9 @@ def write_projection(workspace: Workspace, ledger: Ledger | None = None) -> Poin
     slots, split, salt = {CHAMPION: _entry(ledger, slot.digest)}, {CHAMPION: 1.0}, ""
     rollout = ledger.open_rollout()
     if rollout is not None and rollout.champion == slot.digest:
-        slots[CHALLENGER] = _entry(ledger, rollout.candidate)
-        split = {CHAMPION: 1 - rollout.share, CHALLENGER: rollout.share}
+        place = SHADOW if rollout.shadow else CHALLENGER
+        slots[place] = _entry(ledger, rollout.candidate)
+        split = {CHAMPION: 1 - rollout.share, place: rollout.share}
         salt = f"{rollout.name} {rollout.started_at}"
     pointer = Pointer(epoch=slot.epoch, slots=slots, split=split, salt=salt)
     write_pointer(workspace.pointer_path, pointer)
@@ -184,7 +187,13 @@ def deploy(
 def former_champions(ledger: Ledger, current: str) -> Iterator[str]:
     """Yield the digests of earlier champions, the latest first, each once, without the current and barred ones."""
     seen = {current}
-    decisions = [d for d in ledger.decisions(limit=10_000) if d.kind in ("deploy", "rollback")]
+    put = (
+        "deployed",
+        "forced",
+        "rolled back",
+        "promoted",
+    )  # the verdicts that put a release to work
+    decisions = [d for d in ledger.decisions(limit=10_000) if d.verdict in put and d.kind != "data"]
     for decision in sorted(decisions, key=lambda row: row.id, reverse=True):
         evidence = (
             decision.evidence

@@ -7,21 +7,73 @@ from __future__ import annotations
 
 import json
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..core.bundle import verify_bundle
 from ..core.clock import iso, now
 from ..core.errors import ConflictError, GateRefusedError, UsageError
 from ..core.leases import Lease
-from ..core.ledger import Ledger, RolloutRow
+from ..core.change import Change
+from ..core.ledger import Ledger, RolloutRow, share_words
 from ..core.workspace import Workspace
 from .deployment import CHAMPION, data_slot, write_projection
 
 # %% auto #0
-__all__ = ['start_rollout', 'the_rollout', 'advance_rollout', 'pause_rollout', 'resume_rollout', 'abort_rollout',
-           'promote_rollout']
+__all__ = ['record_file', 'record_link', 'start_rollout', 'the_rollout', 'advance_rollout', 'pause_rollout', 'resume_rollout',
+           'abort_rollout', 'promote_rollout']
+
+# %% ../../nbs/release/17_rollouts.ipynb #dd286846
+def record_file(
+    workspace: Workspace,
+    rollout: str,
+    number: int,  # of the decision within the rollout, from 1
+    verdict: str,
+) -> Path:
+    """The executed notebook of a decision on a rollout, there a few seconds after it."""
+    return workspace.runs / "rollouts" / rollout / f"{number:02}_{verdict}.ipynb"
+
+
+def record_link(workspace: Workspace, path: Path | str) -> str:
+    """The notebook as a message names it: its address where the settings tell one, else its file."""
+    place = Path(path)
+    if place.is_relative_to(workspace.root):
+        place = place.relative_to(workspace.root)
+    address = workspace.settings.rollout.record_url.rstrip("/")
+    return f"{address}/{quote(place.as_posix())}" if address else place.as_posix()
+
+
+@contextmanager
+def _decision(
+    workspace: Workspace,
+    rollout: str,
+    number: int,  # of the decision within the rollout
+    verdict: str,
+    candidate: str,  # name of the release
+    words: str,  # what it does from now on
+    about: str,  # the rollout's line in the message, before the reason
+    *,
+    actor: str,
+    reason: str,
+    evidence: Mapping[str, Any],
+    record_path: str | None = None,  # a notebook that there is already
+    fence: Lease | None = None,
+    severity: str = "info",
+) -> Iterator[Change]:
+    """One decision on a rollout: what the block changes, the audit record and the message together, then the pointer."""
+    ledger = Ledger(workspace.ledger_url)
+    path = record_path or str(record_file(workspace, rollout, number, verdict))
+    with ledger.decision(
+        "rollout", actor=actor, subject=candidate, verdict=verdict, reason=reason,
+        evidence={"rollout": rollout, **evidence}, record_path=path, fence=fence,
+    ) as change:  # fmt: skip
+        yield change
+        text = f"{rollout}: {about}: {reason}; why: {record_link(workspace, path)}"
+        change.enqueue(f"{candidate} {words}", text, severity=severity, key=f"{rollout}-{number}")
+    write_projection(workspace, ledger)
 
 # %% ../../nbs/release/17_rollouts.ipynb #f5c1393c
 def start_rollout(
@@ -62,41 +114,23 @@ def start_rollout(
     numbers = [int(row.name.rpartition("-")[2]) for row in ledger.rollouts()]
     name, moment = f"rollout-{max(numbers, default=0) + 1}", iso(now())
     champion = ledger.release(slot.digest).name
-    evidence = {"digest": release.digest, "champion": champion, "steps": list(steps)}
-    with ledger.decision(
-        "rollout",
-        actor=actor,
-        subject=release.name,
-        verdict="started",
-        reason=reason,
-        evidence=evidence,
-        record_path=record_path,
-    ) as change:
+    with _decision(
+        workspace, name, 1, "started", release.name, f"gets {share_words(steps[0])}",
+        f"{release.name} against {champion}, steps {_steps_words(steps)}", actor=actor, reason=reason,
+        evidence={"digest": release.digest, "champion": champion, "steps": list(steps)}, record_path=record_path,
+    ) as change:  # fmt: skip
         change.open_rollout(
             {
-                "name": name,
-                "candidate": release.digest,
-                "champion": slot.digest,
-                "status": "running",
-                "step": 0,
-                "steps": json.dumps(list(steps)),
-                "started_at": moment,
-                "step_started_at": moment,
-                "reason": reason,
+                "name": name, "candidate": release.digest, "champion": slot.digest, "status": "running", "step": 0,
+                "steps": json.dumps(list(steps)), "started_at": moment, "step_started_at": moment, "reason": reason,
             }
-        )
-        change.enqueue(
-            f"{release.name} gets {steps[0]:.0%} of the traffic",
-            f"{name}: {release.name} against {champion}, steps {_percents(steps)}: {reason}",
-            key=f"{name}-started",
-        )
-    write_projection(workspace, ledger)
+        )  # fmt: skip
     return the_rollout(ledger)
 
 
-def _percents(shares: tuple[float, ...]) -> str:
-    """The shares as a person says them."""
-    return ", ".join(f"{share * 100:g} %" for share in shares)
+def _steps_words(shares: tuple[float, ...]) -> str:
+    """The steps as a person says them."""
+    return ", ".join(f"{share * 100:g} %" if share else "shadow" for share in shares)
 
 
 def the_rollout(ledger: Ledger) -> RolloutRow:
@@ -113,11 +147,11 @@ def advance_rollout(workspace: Workspace, rollout: RolloutRow, **by: Any) -> Rol
     """The next share; ConflictError when the rollout moved meanwhile or stands at its last step."""
     if rollout.step + 1 >= len(rollout.steps):
         raise ConflictError(
-            f"expected a step after {rollout.share:.0%}, found none; promote or abort {rollout.name}"
+            f"expected a step after {share_words(rollout.share)}, found none; promote or abort {rollout.name}"
         )
     share = rollout.steps[rollout.step + 1]
     _move(
-        workspace, rollout, "advanced", f"gets {share * 100:g} % of the traffic",
+        workspace, rollout, "advanced", f"gets {share_words(share)}",
         {"step": rollout.step + 1, "step_started_at": iso(now())}, **by,
     )  # fmt: skip
     return the_rollout(Ledger(workspace.ledger_url))
@@ -155,30 +189,29 @@ def _move(
     words: str,  # what the candidate does from now on
     values: Mapping[str, Any],  # of the rollout
     *,
-    actor: str,
     reason: str,
     evidence: Mapping[str, Any] | None = None,
-    record_path: str | None = None,
-    fence: Lease | None = None,
     bar: bool = False,
     promote: bool = False,
+    **by: Any,  # actor, record_path, fence
 ) -> None:
-    """One decision on a rollout: the state, the audit record and the message together, then the pointer."""
+    """One move of a rollout; ConflictError when it moved meanwhile."""
     ledger = Ledger(workspace.ledger_url)
     release, champion = ledger.release(rollout.candidate), ledger.release(rollout.champion)
     shown = {
-        "rollout": rollout.name,
         "digest": release.digest,
         "champion": champion.name,
         "barred": bar,
-        **(evidence or {}),
+        "step": rollout.step,
     }
     slot, data = ledger.slot(CHAMPION), ledger.slot(data_slot(release.data_version))
     if promote:
         verify_bundle(Path(release.path), release.digest)
-    with ledger.decision(
-        "rollout", actor=actor, subject=release.name, verdict=verdict, reason=reason, evidence=shown,
-        record_path=record_path, fence=fence,
+    with _decision(
+        workspace, rollout.name, rollout.version + 1, verdict, release.name, words,
+        f"{release.name} against {champion.name}{'; it is barred until a person clears it' if bar else ''}",
+        reason=reason, evidence={**shown, **(evidence or {})},
+        severity="critical" if bar else "warning" if verdict in ("aborted", "paused") else "info", **by,
     ) as change:  # fmt: skip
         change.move_rollout(rollout.name, rollout.version, reason=reason, **values)
         if promote:
@@ -190,11 +223,3 @@ def _move(
                 change.set_slot(place, release.data_version, data.epoch if data else 0)
         if bar:
             change.set_release_status(release.digest, "barred")
-        barred = "; it is barred until a person clears it" if bar else ""
-        change.enqueue(
-            f"{release.name} {words}",
-            f"{rollout.name}: {release.name} against {champion.name}: {reason}{barred}",
-            severity="critical" if bar else "warning" if verdict == "aborted" else "info",
-            key=f"{rollout.name}-{rollout.version + 1}",
-        )
-    write_projection(workspace, ledger)

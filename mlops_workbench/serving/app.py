@@ -161,7 +161,8 @@ class Turn:
         waiting, self._waiting = self._waiting, []
         while waiting:
             arms, rows, together = waiting[0][0], 0, 0
-            while together < len(waiting) and waiting[together][0] is arms and rows < INLINE_ROWS:
+            most = 1 if self.service.is_copied else INLINE_ROWS  # rows, but for the last question's
+            while together < len(waiting) and waiting[together][0] is arms and rows < most:
                 rows += len(waiting[together][1].rows)
                 together += 1
             self._answer_some(arms, [each[1:] for each in waiting[:together]])

@@ -35,8 +35,9 @@ from mlops_workbench.serving.records import (
     rows_asked,
 )
 from .requests import Question, RequestError
+from .shadow import ShadowCopy
 from .shared_metrics import SharedMetrics
-from .slots import CHAMPION, Arms, ModelSlots
+from .slots import CHAMPION, SHADOW, Arms, ModelSlots
 from .workers import WorkerPlace
 
 # %% auto #0
@@ -81,7 +82,8 @@ class PredictionService:
     ) -> None:
         self.predictions = predictions
         self.place = place
-        self.slots = ModelSlots(pointer_path)
+        self.shadow = ShadowCopy(predictions, settings)
+        self.slots = ModelSlots(pointer_path, shadow=self.shadow.follow)
         self.log = PredictionLog(
             predictions,
             sync_interval_ms=settings.sync_interval_ms,
@@ -129,6 +131,7 @@ class PredictionService:
         self.draining = True
         self._stopped.set()
         self.slots.stop()
+        self.shadow.close()
         self.log.close()
 
     def arms(self) -> Arms:
@@ -166,9 +169,11 @@ class PredictionService:
         groups = arms.divide(entity_keys(arms.champion.schema, rows, ids))
         route = asked[0][0].route
         answers: list[Answered] = []
+        begun = time.thread_time()  # what the model takes, whoever else wants the processor
         for slot, places in groups.items():
             own = rows if len(groups) == 1 else [rows[place] for place in places]
             answers.append((*self._answer(arms, slot, own, route), places))
+        took_ms = (time.thread_time() - begun) * 1000
         about = rows_asked(asked, names, ids, time.perf_counter())
         records: list[dict[str, Any]] = [{}] * len(ids)
         for slot, known, probabilities, places in answers:
@@ -182,11 +187,17 @@ class PredictionService:
         self.book.add_predictions(ids)
         for slot, _, _, places in answers:
             self.metrics.predictions(slot, arms.models[slot].digest, len(places))
-        ends = itertools.accumulate(len(question.rows) for question, _ in asked)
-        return [
-            records[end - len(question.rows) : end]
-            for (question, _), end in zip(asked, ends, strict=True)
-        ]
+        ends = [*itertools.accumulate(len(question.rows) for question, _ in asked)]
+        for (question, _), name, end in zip(asked, names, ends, strict=True):
+            count = len(question.rows)
+            share_ms = round(took_ms * count / len(rows), 3)
+            self.shadow.offer(name, ids[end - count : end], question.rows, share_ms)
+        return [records[end - len(q.rows) : end] for (q, _), end in zip(asked, ends, strict=True)]
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether a shadow gets a copy of the traffic; it answers one question after the other, and so must we to compare."""
+        return any(arm.slot == SHADOW for arm in self.slots.status().arms)
 
     def predict(self, arms: Arms, question: Question, started: float) -> bytes:
         """The reply to a question in JSON, see `answer`."""
@@ -206,7 +217,10 @@ class PredictionService:
             answered = self._answer(
                 arms, CHAMPION, rows, route
             )  # raises where the question itself is at fault
-            self.record_error(route, FAILED_ARM, f"{model.manifest.name} in slot {slot}: {error}")
+            self.record_error(
+                route, FAILED_ARM, f"{model.manifest.name} in slot {slot}: {error}",
+                release=model.digest, slot=slot, rows=len(rows),
+            )  # fmt: skip
             self.metrics.failed_arm(slot, model.digest, len(rows))
             return answered
 
@@ -224,14 +238,15 @@ class PredictionService:
         self.metrics.feedback(counts)
         return counts
 
-    def record_error(self, route: str, status: int, reason: str) -> None:
-        """Put a refusal or failure on record; PredictionLogError when even that cannot be written."""
+    def record_error(self, route: str, status: int, reason: str, **about: str | int) -> None:
+        """Put a refusal or failure on record, with the release, slot and rows it is about; PredictionLogError when it cannot be written."""
         record = {
             "kind": "error",
             "time": timestamp(),
             "status": status,
             "reason": reason[:500],
             "route": route,
+            **about,
         }
         self.log.append([record])
 

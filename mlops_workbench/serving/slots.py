@@ -19,8 +19,8 @@ from ..core.pointer import Pointer, SlotEntry, read_pointer
 from .models import LoadedModel, load_model
 
 # %% auto #0
-__all__ = ['FileState', 'CHAMPION', 'file_state', 'SlotProblem', 'retry_seconds', 'ArmStatus', 'Arms', 'SlotStatus', 'ModelSlots',
-           'shorten_text']
+__all__ = ['FileState', 'CHAMPION', 'SHADOW', 'file_state', 'SlotProblem', 'retry_seconds', 'ArmStatus', 'Arms', 'shadow_status',
+           'SlotStatus', 'ModelSlots', 'shorten_text']
 
 # %% ../../nbs/serving/01_slots.ipynb #e5653525
 FileState = tuple[int, int, int, int]
@@ -52,6 +52,7 @@ def retry_seconds(attempts: int) -> float:
 
 # %% ../../nbs/serving/01_slots.ipynb #131c91a8
 CHAMPION = "champion"
+SHADOW = "shadow"  # gets a copy of the traffic, in a process of its own: never loaded here
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,13 @@ class Arms:
             for slot, model in self.models.items()
         )
 
-# %% ../../nbs/serving/01_slots.ipynb #75a71ed5
+# %% ../../nbs/serving/01_slots.ipynb #343dc754
+def shadow_status(pointer: Pointer) -> tuple[ArmStatus, ...]:
+    """The slot that gets a copy, as the status tells it; nothing without one."""
+    entry = pointer.slots.get(SHADOW)
+    return () if entry is None else (ArmStatus(SHADOW, entry.name, entry.digest, 0.0),)
+
+
 @dataclass(frozen=True)
 class SlotStatus:
     """What serves, what is being loaded, and what went wrong."""
@@ -128,11 +135,12 @@ class ModelSlots:
         poll_seconds: float = 0.02,  # how often the pointer file is looked at
         keep: int = 3,  # releases kept in memory, the serving one included
         load: Callable[[Path, str], LoadedModel] = load_model,
+        shadow: Callable[[SlotEntry | None], None] = lambda entry: None,  # told who gets the copy
     ) -> None:
         self.pointer_path = pointer_path
         self.poll_seconds = poll_seconds
         self.keep = keep
-        self._load = load
+        self._load, self._shadow = load, shadow
         self._lock = threading.RLock()
         self._stopped = threading.Event()
         self._kept: dict[str, LoadedModel] = {}  # by digest, the last used at the end
@@ -188,7 +196,12 @@ class ModelSlots:
             self._generation += 1
             self._retry_at = float("inf")
             self._wanted = pointer
-            missing = {e.digest: e for e in pointer.slots.values() if e.digest not in self._kept}
+            self._shadow(pointer.slots.get(SHADOW))
+            missing = {
+                entry.digest: entry
+                for slot, entry in pointer.slots.items()
+                if slot != SHADOW and entry.digest not in self._kept
+            }
             self._change(loading=next((entry.name for entry in missing.values()), ""))
             self._arrange(self._generation, pointer)
             if not missing:
@@ -213,7 +226,7 @@ class ModelSlots:
     def _arrange(self, generation: int, pointer: Pointer) -> None:
         """Put the releases that are loaded to work, if the champion is among them."""
         with self._lock:
-            wanted = {slot: entry.digest for slot, entry in pointer.slots.items()}
+            wanted = {s: entry.digest for s, entry in pointer.slots.items() if s != SHADOW}
             if generation != self._generation or wanted[CHAMPION] not in self._kept:
                 return
             models = {slot: self._kept[d] for slot, d in wanted.items() if d in self._kept}
@@ -233,7 +246,7 @@ class ModelSlots:
                 since=iso(now()) if swapped else self._status.since,
                 problem=None if len(models) == len(wanted) else self._status.problem,
                 swaps=self._status.swaps + swapped,
-                arms=self.arms.status(),
+                arms=(*self.arms.status(), *shadow_status(pointer)),
             )
 
     def _fail(self, generation: int, digest: str, name: str, error: Exception) -> None:

@@ -1,0 +1,183 @@
+"""The control plane: a real server, every route against every role, revoked tokens, guessing, rollouts and roll-backs by HTTP."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from fastapi.routing import APIRoute
+from rollout_support import decisions, release_pair, split
+
+from mlops_workbench.cli.main import main
+from mlops_workbench.core.access import ROLES, access_path, grant
+from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.pipeline.control import OPEN_ROUTES, create_control, needed_role
+
+
+@contextmanager
+def control_plane(workspace: Workspace) -> Iterator[str]:
+    """The address of a running `mwb control`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlops_workbench.cli.main", "control", "--port", "0"]
+        + ["-w", str(workspace.root)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        line = process.stderr.readline()
+        assert "control plane on http://127.0.0.1:" in line, line + process.stderr.read()
+        address = line.split(" on ")[1].strip()
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            try:
+                assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+                break
+            except httpx.TransportError:
+                time.sleep(0.05)
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+
+
+def bearer(token: str) -> dict[str, str]:
+    """The header of a token."""
+    return {"Authorization": f"Bearer {token}"}
+
+
+def test_every_route_lets_in_whom_it_names_and_nobody_else(tmp_path: Path) -> None:
+    """The live table of routes times the roles: strangers 401, lower roles 403, the others are not refused for who they are."""
+    workspace, _, _ = release_pair(tmp_path / "w")
+    tokens = {role: grant(workspace, role, role, actor="test") for role in ROLES}
+    routes = [route for route in create_control(workspace).routes if isinstance(route, APIRoute)]
+    assert len(routes) >= 20
+    with control_plane(workspace) as address, httpx.Client(base_url=address) as client:
+        for route in routes:
+            path = route.path.replace("{name}", "none").replace("{identity}", "none")
+            for method in route.methods:
+                needed = needed_role(route)
+                if route.path in OPEN_ROUTES:
+                    assert client.request(method, path).status_code == 200
+                    continue
+                assert needed is not None, f"{path} asks for no role"
+                content = {} if method == "GET" else {"json": {"wrong": 1}}
+                for role, token in tokens.items():
+                    status = client.request(
+                        method, path, headers=bearer(token), **content
+                    ).status_code
+                    allowed = ROLES.index(role) >= ROLES.index(needed)
+                    assert (status != 403) == allowed, (method, path, role, status)
+                    assert status not in (401, 500), (method, path, role, status)
+        stranger = client.post("/api/rollback", json={"reason": "x"})
+        assert stranger.status_code == 401 and "mwb access add" in stranger.json()["detail"]
+    assert decisions(workspace) == [], "nothing of this changed anything"
+
+
+def test_a_revoked_token_is_refused_at_the_next_request(tmp_path: Path) -> None:
+    workspace, _, _ = release_pair(tmp_path / "w")
+    admin = grant(workspace, "boss", "admin", actor="test")
+    with control_plane(workspace) as address, httpx.Client(base_url=address) as client:
+        made = client.post(
+            "/api/tokens", headers=bearer(admin), json={"owner": "ann", "role": "viewer"}
+        )
+        token = made.json()["token"]
+        assert client.get("/api/me", headers=bearer(token)).json()["owner"] == "ann"
+        identity = token.split("_")[1]
+        begun = time.monotonic()
+        assert main(["access", "revoke", identity, "-m", "left", "-w", str(workspace.root)]) == 0
+        assert client.get("/api/me", headers=bearer(token)).status_code == 401
+        assert time.monotonic() - begun < 1.0
+        listed = client.get("/api/tokens", headers=bearer(admin)).json()
+        assert {row["owner"]: bool(row["revoked_at"]) for row in listed} == {
+            "ann": True,
+            "boss": False,
+        }
+        assert all("hash" not in row for row in listed)
+        short = grant(workspace, "bob", "admin", actor="test", days=0.5 / 86_400)
+        assert client.get("/api/me", headers=bearer(short)).status_code == 200
+        time.sleep(0.6)
+        assert client.get("/api/me", headers=bearer(short)).status_code == 401
+    assert Ledger(workspace.ledger_url).verify().ok
+
+
+def test_who_guesses_has_to_wait_and_the_others_do_not(tmp_path: Path) -> None:
+    workspace, _, _ = release_pair(tmp_path / "w")
+    token = grant(workspace, "ann", "viewer", actor="test")
+    with control_plane(workspace) as address, httpx.Client(base_url=address) as client:
+        seen = [
+            client.get("/api/me", headers=bearer(f"mwb_{n:08x}_guess")).status_code
+            for n in range(30)
+        ]
+        assert seen == [401] * 10 + [429] * 20
+        told = client.get("/api/me")
+        assert told.status_code == 429 and 1 <= int(told.headers["retry-after"]) <= 61
+        assert client.get("/api/me", headers=bearer(token)).status_code == 200
+
+
+def test_a_token_changed_behind_the_ledgers_back_is_found(tmp_path: Path) -> None:
+    """Whoever edits the table to make himself an admin is told of by the audit."""
+    import sqlite3
+
+    workspace, _, _ = release_pair(tmp_path / "w")
+    grant(workspace, "mallory", "viewer", actor="test")
+    with sqlite3.connect(workspace.ledger_url.removeprefix("sqlite:///")) as database:
+        database.execute("UPDATE tokens SET role = 'admin' WHERE owner = 'mallory'")
+    report = Ledger(workspace.ledger_url).verify()
+    assert not report.ok and "role of" in report.problems[0].detail
+
+
+def test_a_rollout_by_http_and_back(tmp_path: Path) -> None:
+    """Started, paused, resumed, aborted; promoted and rolled back; each with its person in the audit."""
+    workspace, old, new = release_pair(tmp_path / "w")
+    ann = bearer(grant(workspace, "ann", "deployer", actor="test"))
+    with control_plane(workspace) as address, httpx.Client(base_url=address) as client:
+
+        def post(path: str, **body: object) -> httpx.Response:
+            return client.post(path, headers=ann, json={"reason": "by test", **body})
+
+        wrong = post("/api/rollout", release=new, steps="50,5")
+        assert wrong.status_code == 422 and "rising percentages" in wrong.json()["detail"]
+        assert post("/api/rollout", release=new, steps="10,50").json()["status"] == "running"
+        assert split(workspace) == {"champion": 0.9, "challenger": 0.1}
+        assert client.get("/api/rollout", headers=ann).json()["next"]["kind"] == "wait"
+        assert post("/api/rollout", release=new, steps="10").status_code == 409
+        assert post("/api/rollout/pause").json()["status"] == "paused"
+        assert post("/api/rollout/resume").json()["status"] == "running"
+        assert post("/api/rollout/abort", bar=True).json()["status"] == "aborted"
+        assert post("/api/rollout", release=new, steps="10").status_code == 409, "barred"
+        assert post(f"/api/releases/{new}/clear").status_code == 200
+        assert post("/api/rollout", release=new, steps="10").status_code == 200
+        assert post("/api/rollout/promote").json()["status"] == "promoted"
+        assert client.get("/api/status", headers=ann).json()["champion"] == new
+        assert post("/api/rollback", to=old).json()["name"] == old
+        assert client.get("/api/status", headers=ann).json()["champion"] == old
+        document = client.get("/openapi.json", headers=ann).json()
+        assert "/api/rollback" in document["paths"]
+    verdicts = ["started", "paused", "resumed", "aborted", "started", "promoted"]
+    assert decisions(workspace) == verdicts
+    rows = Ledger(workspace.ledger_url).decisions(limit=100)
+    assert {row.actor.partition(" (token")[0] for row in rows if row.kind == "rollout"} == {"ann"}
+
+
+def test_without_a_file_of_tokens_nobody_gets_in(tmp_path: Path) -> None:
+    """The file that the server reads is lost or damaged: everybody is a stranger, and the next start writes it again."""
+    workspace, _, _ = release_pair(tmp_path / "w")
+    ann = bearer(grant(workspace, "ann", "admin", actor="test"))
+    with control_plane(workspace) as address, httpx.Client(base_url=address) as client:
+        kept = access_path(workspace).read_bytes()
+        for content in (b"", b"{", b"[1]", b'[{"id": 1}]'):
+            access_path(workspace).write_bytes(content)
+            assert client.get("/api/me", headers=ann).status_code == 401
+        access_path(workspace).unlink()
+        assert client.get("/api/me", headers=ann).status_code == 401
+        access_path(workspace).write_bytes(kept)
+        assert client.get("/api/me", headers=ann).status_code == 200
+        access_path(workspace).unlink()
+    with control_plane(workspace) as address:
+        assert httpx.get(f"{address}/api/me", headers=ann).status_code == 200
