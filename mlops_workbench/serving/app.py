@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ from .workers import WorkerPlace
 
 # %% auto #0
 __all__ = ['INLINE_ROWS', 'LARGE_WAITING', 'UNLOGGED_STATUS', 'logger', 'Handler', 'Reply', 'Route', 'RouteTable',
-           'PredictionApp', 'answer_question', 'respond', 'answer_for', 'recorded']
+           'PredictionApp', 'Turn', 'answer_question', 'respond', 'answer_for', 'recorded']
 
 # %% ../../nbs/serving/08_app.ipynb #f39289bb
 INLINE_ROWS = 64  # questions of more rows go to the worker thread
@@ -108,6 +108,7 @@ class PredictionApp:
         self.service = PredictionService(
             pointer_path=pointer_path, predictions=predictions, settings=settings, place=place
         )
+        self.turn = Turn(self.service)
         self.guard = Guard(token, AccessList(pointer_path.parent / ACCESS_FILE))
         self.worker = ThreadPoolExecutor(1, "predict")
         self.waiting = 0  # large questions that have no answer yet
@@ -141,6 +142,53 @@ class PredictionApp:
 Reply = Callable[[Mapping[str, LoadedModel], list[dict[str, Any]]], Answer]
 
 
+class Turn:
+    """The small questions of one turn of the event loop."""
+
+    def __init__(self, service: PredictionService) -> None:
+        self.service = service
+        self._waiting: list[tuple[Arms, Question, float, asyncio.Future[list[dict[str, Any]]]]] = []
+
+    async def answer(self, arms: Arms, question: Question, started: float) -> list[dict[str, Any]]:
+        """The records of a question, see `PredictionService.answer_all`."""
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._answer_all)
+        future: asyncio.Future[list[dict[str, Any]]] = loop.create_future()
+        self._waiting.append((arms, question, started, future))
+        return await future
+
+    def _answer_all(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        while waiting:
+            arms, rows, together = waiting[0][0], 0, 0
+            most = 1 if self.service.is_copied else INLINE_ROWS  # rows, but for the last question's
+            while together < len(waiting) and waiting[together][0] is arms and rows < most:
+                rows += len(waiting[together][1].rows)
+                together += 1
+            self._answer_some(arms, [each[1:] for each in waiting[:together]])
+            waiting = waiting[together:]
+
+    def _answer_some(
+        self,
+        arms: Arms,
+        some: Sequence[tuple[Question, float, asyncio.Future[list[dict[str, Any]]]]],
+    ) -> None:
+        try:
+            answers = self.service.answer_all(arms, [each[:2] for each in some])
+        except Exception as error:  # noqa: BLE001 - given on to whoever asked
+            if len(some) == 1:
+                if not some[0][2].done():
+                    some[0][2].set_exception(error)
+                return
+            for each in some:
+                self._answer_some(arms, [each])
+            return
+        for (_, _, future), records in zip(some, answers, strict=True):
+            if not future.done():  # the client may be gone
+                future.set_result(records)
+
+# %% ../../nbs/serving/08_app.ipynb #376d24d0
 async def answer_question(
     app: PredictionApp,
     arms: Arms,  # read once, so that question and answer belong to the same releases
@@ -149,12 +197,12 @@ async def answer_question(
     reply: Reply,  # makes a protocol's answer of the records
 ) -> Answer:
     """The answer to a question; RequestError 429 when too many large ones wait."""
+    if len(question.rows) <= INLINE_ROWS:
+        return reply(arms.models, await app.turn.answer(arms, question, started))
 
     def work() -> Answer:
         return reply(arms.models, app.service.answer(arms, question, started))
 
-    if len(question.rows) <= INLINE_ROWS:
-        return work()
     if app.waiting >= LARGE_WAITING:
         raise RequestError(
             429, f"expected at most {LARGE_WAITING} large requests at once, found more; come again"

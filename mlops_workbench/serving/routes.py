@@ -36,7 +36,7 @@ from mlops_workbench.serving.open_inference import (
 )
 from .openapi import openapi_document
 from .requests import decode_feedback, decode_predict
-from .service import predict_reply
+from .records import predict_reply
 from .slots import CHAMPION
 from .workers import WorkerPlace
 from .tensors import BINARY_HEADER, check_tensor_type

@@ -12,114 +12,42 @@ import os
 import threading
 import time
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from ..core.clock import timestamp
-from ..core.errors import ServingError, shorten
-from ..core.features import FeatureError, FeatureSchema
+from ..core.errors import ServingError
+from ..core.features import FeatureError
 from ..core.settings import ServingSettings
 from .feedback import FeedbackBook, FeedbackCounts, FeedbackItem
 from .metrics import ServerMetrics
 from .models import LoadedModel
 from .prediction_log import PredictionLog, recover_segments
 from .recollection import Recollection
+from mlops_workbench.serving.records import (
+    Asked,
+    entity_keys,
+    logged_rows,
+    predict_reply,
+    prediction_records,
+    row_ids,
+    rows_asked,
+)
 from .requests import Question, RequestError
 from .shadow import ShadowCopy
 from .shared_metrics import SharedMetrics
-from .slots import CHAMPION, Arms, ModelSlots
+from .slots import CHAMPION, SHADOW, Arms, ModelSlots
 from .workers import WorkerPlace
 
 # %% auto #0
-__all__ = ['LOOK_BACK_BYTES', 'PUBLISH_SECONDS', 'logger', 'Rows', 'Answered', 'FAILED_ARM', 'logged_rows', 'prediction_records',
-           'predict_reply', 'entity_keys', 'RequestNames', 'PredictionService']
+__all__ = ['LOOK_BACK_BYTES', 'PUBLISH_SECONDS', 'logger', 'Rows', 'Answered', 'FAILED_ARM', 'RequestNames', 'PredictionService']
 
 # %% ../../nbs/serving/07_service.ipynb #c7fcd649
 LOOK_BACK_BYTES = 32 * 1024 * 1024  # of the log, read at once to know recent requests
 PUBLISH_SECONDS = 1.0  # between two writings of a worker's figures
 
 logger = logging.getLogger(__name__)
-
-# %% ../../nbs/serving/07_service.ipynb #aa37ef44
-def logged_rows(model: LoadedModel, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The known fields of each row; FeatureError when a key or entity is neither text nor number."""
-    identifiers = [name for name in (model.schema.key, model.schema.entity) if name is not None]
-    for row, values in enumerate(rows):
-        for name in identifiers:
-            if not isinstance(values.get(name), str | int | float | None):
-                raise FeatureError(
-                    f"expected a text or a number in field {name!r} of row {row}, "
-                    f"found {shorten(values[name])}",
-                    field=name,
-                    row=row,
-                )
-    names = [*(feature.name for feature in model.schema.features), *identifiers]
-    return [{name: values[name] for name in names if name in values} for values in rows]
-
-# %% ../../nbs/serving/07_service.ipynb #533ab321
-def prediction_records(
-    model: LoadedModel,
-    slot: str,
-    request: str,
-    ids: list[str],
-    rows: list[dict[str, Any]],
-    probabilities: list[list[float]],
-    latency_ms: float,
-) -> list[dict[str, Any]]:
-    """One record a row for the prediction log."""
-    shared = {
-        "kind": "prediction",
-        "request": request,
-        "time": timestamp(),
-        "release": model.digest,
-        "name": model.manifest.name,
-        "slot": slot,
-        "latency_ms": latency_ms,
-    }
-    return [
-        {
-            **shared,
-            "id": row_id,
-            "row": row,
-            "probabilities": shares,
-            "prediction": shares.index(max(shares)),
-        }
-        for row_id, row, shares in zip(ids, rows, probabilities, strict=True)
-    ]
-
-# %% ../../nbs/serving/07_service.ipynb #769f07f0
-def predict_reply(models: Mapping[str, LoadedModel], records: list[dict[str, Any]]) -> bytes:
-    """The reply to a question, made of what was logged; with several slots each answer says which one gave it."""
-    predictions = []
-    mixed = any(record["slot"] != records[0]["slot"] for record in records)
-    for record in records:
-        classes = models[record["slot"]].classes
-        answer = {
-            "id": record["id"],
-            "prediction": classes[record["prediction"]],
-            "probabilities": dict(zip(classes, record["probabilities"], strict=True)),
-        }
-        if mixed:
-            answer |= {
-                name: record[field] for name, field in (("release", "name"), ("slot", "slot"))
-            }
-        predictions.append(answer)
-    slot = CHAMPION if mixed or not records else records[0]["slot"]
-    model = models[slot]
-    about = {"release": model.manifest.name, "digest": model.digest, "slot": slot}
-    return msgspec.json.encode({**about, "predictions": predictions})
-
-
-def entity_keys(
-    schema: FeatureSchema, rows: Sequence[Mapping[str, Any]], ids: Sequence[str]
-) -> list[str]:
-    """Who each row is about: its entity, else its key, else the answer's own id."""
-    name = schema.entity or schema.key
-    found = [row.get(name) if name else None for row in rows]
-    return [ids[place] if value is None else str(value) for place, value in enumerate(found)]
 
 # %% ../../nbs/serving/07_service.ipynb #2d3f0d02
 class RequestNames:
@@ -220,35 +148,56 @@ class PredictionService:
         return self.arms().champion
 
     def answer(self, arms: Arms, question: Question, started: float) -> list[dict[str, Any]]:
-        """Predict, write to the log, and only then give the records, of which every protocol makes its reply.
+        """The records of one question, see `answer_all`."""
+        return self.answer_all(arms, [(question, started)])[0]
 
-        Every entity is answered by its own slot; where another slot than the champion fails, the champion answers.
-        `started` is time.perf_counter at the request's first byte. FeatureError names a field and row that do not fit,
-        ServingError says that the model gave nonsense, PredictionLogError that the answer could not be written.
+    def answer_all(self, arms: Arms, asked: Sequence[Asked]) -> list[list[dict[str, Any]]]:
+        """Predict several questions at once, write to the log, and only then give the records of each.
+
+        Every protocol makes its reply of the records. Every entity is answered by its own slot; where another slot
+        than the champion fails, the champion answers. FeatureError names a field and row that do not fit (of a single
+        question: several are to be asked again one by one), ServingError says that the model gave nonsense,
+        PredictionLogError that the answers could not be written.
         """
-        request = self.names.next()
-        ids = question.ids or [f"{request}-{row}" for row in range(len(question.rows))]
-        groups = arms.divide(entity_keys(arms.champion.schema, question.rows, ids))
+        names = [self.names.next() for _ in asked]
+        ids = [
+            row_id
+            for (question, _), name in zip(asked, names, strict=True)
+            for row_id in row_ids(question, name)
+        ]
+        rows = [row for question, _ in asked for row in question.rows]
+        groups = arms.divide(entity_keys(arms.champion.schema, rows, ids))
+        route = asked[0][0].route
         answers: list[Answered] = []
         begun = time.thread_time()  # what the model takes, whoever else wants the processor
         for slot, places in groups.items():
-            rows = question.rows if len(groups) == 1 else [question.rows[place] for place in places]
-            answers.append((*self._answer(arms, slot, rows, question.route), places))
-        took_ms = round((time.thread_time() - begun) * 1000, 3)
-        latency_ms = round((time.perf_counter() - started) * 1000, 3)
+            own = rows if len(groups) == 1 else [rows[place] for place in places]
+            answers.append((*self._answer(arms, slot, own, route), places))
+        took_ms = (time.thread_time() - begun) * 1000
+        about = rows_asked(asked, names, ids, time.perf_counter())
         records: list[dict[str, Any]] = [{}] * len(ids)
         for slot, known, probabilities, places in answers:
-            own = [ids[place] for place in places]
             model = arms.models[slot]
-            made = prediction_records(model, slot, request, own, known, probabilities, latency_ms)
+            made = prediction_records(
+                model, slot, [about[place] for place in places], known, probabilities
+            )
             for place, record in zip(places, made, strict=True):
                 records[place] = record
         self.log.append(records)
         self.book.add_predictions(ids)
         for slot, _, _, places in answers:
             self.metrics.predictions(slot, arms.models[slot].digest, len(places))
-        self.shadow.offer(request, ids, question.rows, took_ms)
-        return records
+        ends = [*itertools.accumulate(len(question.rows) for question, _ in asked)]
+        for (question, _), name, end in zip(asked, names, ends, strict=True):
+            count = len(question.rows)
+            share_ms = round(took_ms * count / len(rows), 3)
+            self.shadow.offer(name, ids[end - count : end], question.rows, share_ms)
+        return [records[end - len(q.rows) : end] for (q, _), end in zip(asked, ends, strict=True)]
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether a shadow gets a copy of the traffic; it answers one question after the other, and so must we to compare."""
+        return any(arm.slot == SHADOW for arm in self.slots.status().arms)
 
     def predict(self, arms: Arms, question: Question, started: float) -> bytes:
         """The reply to a question in JSON, see `answer`."""
