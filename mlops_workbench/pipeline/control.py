@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPEN_ROUTES', 'Viewer', 'Operator', 'Deployer', 'Admin', 'STATUS', 'needed_role', 'check_routes', 'Body', 'StartBody',
-           'AbortBody', 'RollbackBody', 'DataBody', 'TokenBody', 'create_control']
+           'AbortBody', 'SwitchBody', 'RollbackBody', 'DataBody', 'TokenBody', 'create_control']
 
 # %% ../../nbs/pipeline/48_control.ipynb #eabff849
 import time
@@ -32,7 +32,7 @@ from ..core.settings import read_steps
 from ..core.workspace import Workspace
 from .data_rollback import rollback_data
 from .deploy import follow_in_registry
-from ..release import rollouts
+from ..release import regimes, rollouts
 from ..release.approvals import approve_release
 from ..release.deployment import CHAMPION, clear_release, rollback
 from ..release.rollout_evidence import read_evidence
@@ -113,6 +113,12 @@ class AbortBody(Body):
     """A rollout to end."""
 
     bar: bool = False  # the new release may not serve again until somebody clears it
+
+
+class SwitchBody(Body):
+    """A regime whose special is to serve."""
+
+    regime: str
 
 
 class RollbackBody(Body):
@@ -239,6 +245,16 @@ def _add_moves(app: FastAPI, workspace: Workspace) -> None:
         row = moved(rollouts.promote_rollout, who, body.reason)
         later.add_task(follow_in_registry, workspace, row["candidate"])
         return row
+
+    @app.post("/api/switch")
+    def switch(body: SwitchBody, who: Operator) -> dict[str, Any]:
+        """Let the special of a regime serve at once."""
+        return asdict(regimes.switch(workspace, body.regime, actor=who.name, reason=body.reason))
+
+    @app.post("/api/switch/back")
+    def switch_back(body: Body, who: Operator) -> dict[str, Any]:
+        """Let the ordinary release serve again."""
+        return asdict(regimes.switch_back(workspace, actor=who.name, reason=body.reason))
 
     @app.post("/api/rollback")
     def roll_back(body: RollbackBody, who: Operator, later: BackgroundTasks) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ..core.errors import ConflictError, GateRefusedError, UsageError
 from ..core.ledger import DecisionRow, Ledger
 from ..core.workspace import Workspace
 from ..monitoring.prediction_store import read_shadow, read_window
+from .approvals import check_four_eyes
 from mlops_workbench.release.deployment import (
     CHAMPION,
     SPECIAL,
@@ -102,6 +103,7 @@ def register_regime(workspace: Workspace, regime: Regime, *, actor: str, reason:
             "expected a time from when and a later one until when, or neither; found something else"
         )
     verify_bundle(Path(release.path), release.digest)
+    check_four_eyes(workspace, ledger, release, actor)
     regime = Regime(**{**asdict(regime), "digest": release.digest})
     with ledger.decision(
         "regime", actor=actor, subject=regime.name, verdict="registered", reason=reason, evidence=asdict(regime)
