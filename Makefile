@@ -8,7 +8,7 @@ export MLFLOW_DISABLE_TELEMETRY = true
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system demo test check lab up stage app lock clean benchmarks slow-tests
+.PHONY: help setup system demo test check lab up stage app lock clean benchmarks slow-tests faults
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ check: setup ## clean notebooks, code in step, rules, types, notebook tests
 
 slow-tests: setup ## the long suites
 	$(BIN)/python -m pytest -m slow --override-ini 'addopts=-q --strict-markers'
+
+faults: setup ## kill, stop and starve all that takes part in a rollout under load
+	$(BIN)/python -m pytest tests/test_rollout_faults.py -m slow -s --override-ini 'addopts=-q --strict-markers'
 
 benchmarks: setup ## print the tables of speed and memory
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -1,5 +1,6 @@
 """Helpers of the core tests: processes that race or are killed, and a PostgreSQL of our own."""
 
+import atexit
 import contextlib
 import importlib.util
 import multiprocessing
@@ -67,38 +68,68 @@ def killed_after(work: Callable[[Any], None], words: int, seconds: float) -> Ite
     receiver.close()
 
 
-@contextlib.contextmanager
-def postgresql_server() -> Iterator[str]:
-    """A PostgreSQL server on a socket of its own folder; yields the URL without a database."""
+def _postgresql_account() -> dict[str, Any]:
+    """Options of a process that runs as another user, since the server refuses to run as root."""
+    if os.geteuid() != 0:
+        return {}
+    account = next(
+        entry
+        for name in ("postgres", "nobody")
+        for entry in pwd.getpwall()
+        if entry.pw_name == name
+    )
+    return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+
+
+def start_postgresql(folder: Path) -> subprocess.Popen[bytes]:
+    """The server over the data in a folder, once it answers."""
     binaries = POSTGRESQL_BINARIES[-1].parent
-    folder = Path(tempfile.mkdtemp(prefix="mwb-pg-"))
-    user: dict[str, Any] = {}
-    if os.geteuid() == 0:  # the server refuses to run as root
-        account = next(
-            entry
-            for name in ("postgres", "nobody")
-            for entry in pwd.getpwall()
-            if entry.pw_name == name
-        )
-        os.chown(folder, account.pw_uid, account.pw_gid)
-        user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-    data = folder / "data"
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **user}
-    initialise = [binaries / "initdb", "-D", data, "-U", "ledger", "-A", "trust", "--no-sync"]
-    subprocess.run([*initialise, "-E", "UTF8", "--locale=C"], check=True, cwd=folder, **quiet)
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet |= _postgresql_account()
     server = subprocess.Popen(
-        [binaries / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses="],
+        [binaries / "postgres", "-D", folder / "data", "-k", folder, "-c", "listen_addresses="],
         cwd=folder,
         **quiet,
     )
+    ready = [binaries / "pg_isready", "-h", folder, "-U", "ledger", "-q"]
+    deadline = time.monotonic() + 60
+    while subprocess.run(ready, **quiet).returncode != 0:
+        assert server.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    return server
+
+
+@contextlib.contextmanager
+def postgresql_server() -> Iterator[str]:
+    """A PostgreSQL server on a socket of its own folder; yields the URL without a database."""
+    folder = Path(tempfile.mkdtemp(prefix="mwb-pg-"))
+    user = _postgresql_account()
+    if user:
+        os.chown(folder, user["user"], user["group"])
+    initialise = [POSTGRESQL_BINARIES[-1].parent / "initdb", "-D", folder / "data", "-U", "ledger"]
+    subprocess.run(
+        [*initialise, "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C"],
+        check=True,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        **user,
+    )
+    server = start_postgresql(folder)
     try:
-        ready = [binaries / "pg_isready", "-h", folder, "-U", "ledger", "-q"]
-        deadline = time.monotonic() + 60
-        while subprocess.run(ready, **quiet).returncode != 0:
-            assert server.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
         yield f"postgresql://ledger@/{{database}}?host={folder}"
     finally:
-        server.send_signal(signal.SIGINT)  # ends without waiting for clients
-        server.wait(30)
+        if server.poll() is None:
+            server.send_signal(signal.SIGINT)  # ends without waiting for clients
+            server.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def without_postgresql(address: str) -> Iterator[None]:
+    """The server of `postgresql_server` is gone at once for the length of a block, and comes back with what it had committed."""
+    folder = Path(address.partition("host=")[2])
+    os.kill(int((folder / "data" / "postmaster.pid").read_text().split()[0]), signal.SIGQUIT)
+    yield
+    back = start_postgresql(folder)
+    atexit.register(back.kill)

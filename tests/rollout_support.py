@@ -1,6 +1,7 @@
 """A workspace with two releases of the sample recipe: the first serves, the second waits to take over."""
 
 import json
+import re
 from pathlib import Path
 
 from serving_support import build_bundle
@@ -13,12 +14,16 @@ from mlops_workbench.release.deployment import deploy, record_release
 PASSED = {"passed": True, "reason": "all gates passed", "results": []}
 
 
-def release_pair(root: Path, bias: float = 0.5, **settings: object) -> tuple[Workspace, str, str]:
+def release_pair(
+    root: Path, bias: float = 0.5, ledger: str = "", **settings: object
+) -> tuple[Workspace, str, str]:
     """The workspace, and the names of the release that serves and of the new one, whose logits are moved by `bias`."""
     workspace = create_workspace(root, name="example", recipe="flights")
     text = workspace.root.joinpath("settings.ini").read_text()
     for name, value in settings.items():
         text = replace_setting(text, name, value)
+    if ledger:
+        text = re.sub(r"(?m)^ledger =[^;\n]*", f"ledger = {ledger} ", text, count=1)
     workspace.root.joinpath("settings.ini").write_text(text)
     workspace = Workspace.open(workspace.root)
     names = []

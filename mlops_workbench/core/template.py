@@ -74,7 +74,7 @@ drill_days = 7                        ; `mwb loop` rehearses the way back so oft
 [serving]
 host = 127.0.0.1                      ; any other address needs a token
 port = 8600                           ; 0: any free port
-token =                               ; what requests must bear: secret://NAME of one token, or roles: those of mwb access
+token =                               ; that requests must bear: secret://NAME, or roles: those of mwb access
 maximum_rows = 10000                  ; rows in one request
 maximum_body_bytes = 10485760         ; bytes in one request
 sync_interval_ms = 50                 ; the prediction log is forced to the disk so often; 0: at every reply

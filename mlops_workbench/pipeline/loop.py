@@ -20,6 +20,7 @@ from ..monitoring.prediction_store import read_window
 from .deploy import follow_in_registry
 from .rollout_record import missing_records, start_writer
 from .runner import CycleResult, run_stages
+from ..release.deployment import write_projection
 from ..release.deployment import default_data
 from ..release.regime_watch import tend_regimes
 from ..release.rehearsal import drill, drill_due, rehearse, unrehearsed
@@ -79,6 +80,9 @@ def one_turn(workspace: Workspace, dataset: str, say: Callable[[str], None]) -> 
 def tend(workspace: Workspace, say: Callable[[str], None]) -> str:
     """One look at the rollout that goes on, and its move; the kind of the move, "" without a rollout."""
     actor = f"controller {this_process().text()}"
+    write_projection(
+        workspace
+    )  # a controller that was killed may have decided without telling the servers
     looked = tend_rollout(workspace, actor=actor)
     if looked is None:
         return ""

@@ -13,9 +13,16 @@ from typing import Any
 
 from ..core.clock import iso, now
 from ..core.bundle import read_manifest, verify_bundle
-from ..core.errors import BundleError, ConflictError, GateRefusedError, IntegrityError
+from mlops_workbench.core.errors import (
+    BundleError,
+    ConflictError,
+    GateRefusedError,
+    IntegrityError,
+    ServingError,
+)
+from ..core.files import file_lock
 from ..core.ledger import DecisionRow, Ledger, SlotRow
-from ..core.pointer import Pointer, SlotEntry, write_pointer
+from ..core.pointer import Pointer, SlotEntry, read_pointer, write_pointer
 from ..core.workspace import Workspace
 from .approvals import check_four_eyes
 
@@ -111,8 +118,28 @@ def _specials(ledger: Ledger, champion: str) -> dict[str, SlotEntry]:
 
 
 def write_projection(workspace: Workspace, ledger: Ledger | None = None) -> Pointer | None:
-    """Write the pointer file from the ledger's champion slot and the open rollout; None while there is no champion."""
+    """Write the pointer file from the ledger where it says something else; None while there is no champion.
+
+    One writer at a time, who reads the ledger while it is alone: a late one never puts an older state back.
+    """
     ledger = ledger or Ledger(workspace.ledger_url)
+    with file_lock(workspace.locks / "pointer.lock", timeout_seconds=60):
+        pointer = _projection(ledger)
+        if pointer is not None and pointer != _written(workspace):
+            write_pointer(workspace.pointer_path, pointer)
+    return pointer
+
+
+def _written(workspace: Workspace) -> Pointer | None:
+    """The pointer file as it is; None for one that is not there or cannot be read."""
+    try:
+        return read_pointer(workspace.pointer_path)
+    except ServingError:
+        return None
+
+
+def _projection(ledger: Ledger) -> Pointer | None:
+    """What the ledger says of the champion, the open rollout and the specials; None while there is no champion."""
     slot = ledger.slot(CHAMPION)
     if slot is None:
         return None
@@ -127,9 +154,7 @@ def write_projection(workspace: Workspace, ledger: Ledger | None = None) -> Poin
         slots[SHADOW] = _entry(ledger, switch.evidence["ordinary"])  # says what the switch avoids
     slots |= _specials(ledger, slot.digest)
     split |= {name: 0.0 for name in slots if name not in split}
-    pointer = Pointer(epoch=slot.epoch, slots=slots, split=split, salt=salt)
-    write_pointer(workspace.pointer_path, pointer)
-    return pointer
+    return Pointer(epoch=slot.epoch, slots=slots, split=split, salt=salt)
 
 # %% ../../nbs/release/03_deployment.ipynb #66aeff9f
 def next_release_name(workspace: Workspace, recipe: str) -> str:
