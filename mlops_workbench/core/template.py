@@ -55,7 +55,7 @@ latency_requests = 300                ; requests that the latency gate measures
 confidence = 0.95                     ; of the intervals that the gates print
 
 [rollout]
-steps =                               ; percent of the traffic, such as 1, 5, 25, 50; "shadow" before them: a copy first; empty: all at once
+steps =                               ; percent of the traffic: 1, 5, 25, 50; shadow, 5, 25: a copy first; empty: all
 interval_seconds = 10                 ; how often the controller looks at a rollout
 minimum_minutes = 10                  ; a step takes at least so long
 maximum_hours = 24                    ; without a decision until then, the former release stays
