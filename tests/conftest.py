@@ -3,6 +3,11 @@
 import signal
 
 import pytest
+from hypothesis import settings
+
+# How long one example takes says how busy the machine is, and nothing of the code.
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 
 # A shell starts what it puts into the background with SIGINT ignored, and every process started from there inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
