@@ -137,6 +137,7 @@ def test_two_versions_that_are_no_neighbours_are_compared_when_asked(workspace: 
 
 
 def test_a_review_is_one_decision_and_one_version(workspace: Workspace) -> None:
+    reader.refresh(workspace, {})
     page = data_page(workspace)
     assert "Rows 1 to 8 of 12" in page.review.head.value
     keys = [str(row["key"]) for row in page.review.rows]

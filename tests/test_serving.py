@@ -357,8 +357,8 @@ def test_with_a_token_only_those_who_know_it(tmp_path: Path, bundle: Path) -> No
                 if wrong == "ä":
                     headers["Authorization"] = "Bearer \xe4"
                 answer = client.send(method, path, b"{}" if method == "POST" else None, headers)
-                assert answer.status == 401, (wrong, path)
-                assert answer.headers["www-authenticate"] == "Bearer"
+                assert answer.status in (401, 429), (wrong, path)  # after ten it has to wait
+                assert answer.status == 429 or answer.headers["www-authenticate"] == "Bearer"
             stranger = client.get("/health").body
             assert (stranger["status"], set(stranger)) == ("ok", {"status", "workspace"})
             # a name is for those who know the token

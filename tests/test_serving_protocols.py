@@ -226,11 +226,11 @@ def test_every_new_route_asks_for_the_token(tmp_path: Path) -> None:
                 .send(route.method, asked, b"" if route.method == "POST" else None)
                 .status
             )
-            assert (status == 401) != route.is_open, (path, status)
+            assert (status in (401, 429)) != route.is_open, (path, status)
         client = client_of(server)
         headers = {"Authorization": f"Bearer {token}"}
         assert client.is_server_ready()
-        with pytest.raises(triton.InferenceServerException, match="Authorization"):
+        with pytest.raises(triton.InferenceServerException, match="Authorization|bad tokens"):
             client.infer("flights", tensors([FEATURES], binary=True))
         assert client.infer("flights", tensors([FEATURES], binary=True), headers=headers)
 

@@ -385,3 +385,27 @@ def test_what_is_left_of_a_refused_batch_stays_marked(tmp_path: Path) -> None:
     done = mwb(store.workspace, "data", "drop", third, "--forced")
     assert done.returncode == 0 and "600 rows" in done.stdout and not done.stderr, done.stderr
     assert forced_rows(store, "digits").sum() == 0
+
+
+def test_rows_that_were_corrected_since_are_neither_accused_nor_left_out(tmp_path: Path) -> None:
+    """A forced batch, 120 of its 300 labels mended later: why names the rows that still stand as they came."""
+    store = DataStore(create_workspace(tmp_path / "w", name="digits", recipe="digits"))
+    rows = digits.source("0:900")
+    how = {"key": "picture_id", "label": "label"}
+    first = store.snapshot("digits", rows[:600], **how).ref
+    refused = ValidationReport("refuse", (), 300, 600)
+    spoilt = pd.concat([rows[:600], off_by_one(rows[600:])], ignore_index=True)
+    store.snapshot("digits", spoilt, force=True, report=refused, **how)
+    mended = pd.concat([rows[:720], off_by_one(rows[720:])], ignore_index=True)
+    last = store.snapshot("digits", mended, **how).ref
+    found = diagnose(store.workspace, digits, good=first, bad=last)
+    wrong, right = set(rows["picture_id"][720:]), set(rows["picture_id"][600:720])
+    assert found.verdict == "data" and found.culprit is not None, found.summary
+    assert not set(found.culprit.guilty_keys) & right
+    assert len(set(found.culprit.guilty_keys) & wrong) >= 160
+    assert set(found.culprit.batch_keys) == wrong
+    assert {len(keys) for keys in found.culprit.forced.values()} == {180}
+    back = diagnose(store.workspace, digits, good=last, bad=first)
+    assert back.verdict == "nobody", back.summary
+    told = back.finding("data").text, back.finding("seed noise").text
+    assert all("the better one" in text for text in told), told

@@ -182,7 +182,7 @@ def take_rows(
 
 # %% ../../nbs/cli/26_data_support.ipynb #d33a808b
 def _expect_most_rows(base: DataVersion, delivery: Delivery, key: str) -> None:
-    """Raise UsageError for a table that would silently take the place of another one."""
+    """Raise UsageError for a table that would silently take the place of another one; say how many rows go."""
     if delivery.previous is None or not len(delivery.previous):
         return
     gone = int((~delivery.previous[key].isin(delivery.table[key])).sum())
@@ -190,6 +190,11 @@ def _expect_most_rows(base: DataVersion, delivery: Delivery, key: str) -> None:
         raise UsageError(
             f"expected a table with most of the {base.rows:,} rows of {base.ref}, found {gone:,} of them missing; to add rows to "
             "these say --append, to put the table in their place --replace"
+        )
+    if gone:
+        click.echo(
+            f"warning: {counted(gone, 'row')} of {base.ref} are not in the table and so not in the new version; to add rows say --append",
+            err=True,
         )
 
 # %% ../../nbs/cli/26_data_support.ipynb #5bdf5603

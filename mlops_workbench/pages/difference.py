@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..data.findings import rows_in_words
+from ..core.digits import counted
 from .look import escape, short, table_html
 
 # %% auto #0
@@ -130,7 +130,7 @@ def columns_html(
         parts.append(
             table_html(["column", "what happened"], rows, "", "columns that are not the same")
         )
-    later = f"{rows_in_words(batch)} new or changed in {after}" if batch else after
+    later = f"{counted(batch, 'row')} new or changed in {after}" if batch else after
     legend = f'<p class="mwb-legend"><u></u>{escape(before)} <s></s>{escape(later)}</p>'
     said = f"{len(moved)} of {len(drawn)} moved by more than chance explains. The effect is in standard deviations (SD), or the share of rows."
     parts.append(f"<p>{said if drawn else 'No column can be drawn.'}</p>")

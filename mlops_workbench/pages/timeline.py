@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.findings import rows_in_words
+from ..core.digits import counted
 from .look import Markup, escape, state_html
 
 # %% auto #0
@@ -138,7 +138,7 @@ def marks_html(version: Row, uses: Sequence[Row], default: str) -> str:
 def row_html(version: Row, place: Place, width: int, uses: Sequence[Row], default: str) -> str:
     """Return one version."""
     parent = f" from {escape(version['parent'].partition('@')[2])}" if version["parent"] else ""
-    facts = f"{rows_in_words(version['rows'])}, {size_text(version['bytes'])}, {escape(change_words(version))}"
+    facts = f"{counted(version['rows'], 'row')}, {size_text(version['bytes'])}, {escape(change_words(version))}"
     made = (
         f"{escape(str(version['created'])[:16].replace('T', ' '))} UTC, {escape(version['author'])}"
         f", commit <code>{escape(version['commit_id'][:8])}</code>"

@@ -9,8 +9,7 @@ import math
 import time
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ import pandas as pd
 from ..core.errors import DataError
 from ..data.changes import Changes, ChangeSet, read_changes, versions_between
 from ..data.drop import MOST
+from ..data.forced import row_index, rows_brought_by
+from ..data.records import DataVersion
 from ..data.versions import DataStore
 from ..experiment.retrains import Budget, Retrain, Retrainer
 from mlops_workbench.experiment.sequential import (
@@ -37,7 +38,7 @@ from ..recipes.protocol import Recipe, Scalar, encode
 
 # %% auto #0
 __all__ = ['SMALL_ACCURACY', 'FOUND_BY', 'Step', 'Culprit', 'Inquiry', 'changed_rows', 'most_suspicious', 'refused_keys',
-           'largest_forced', 'find_culprit']
+           'still_standing', 'largest_forced', 'find_culprit']
 
 # %% ../../nbs/pipeline/50_culprit.ipynb #76ff34db
 SMALL_ACCURACY = 0.03  # a loss of accuracy below this is called small
@@ -239,17 +240,29 @@ def most_suspicious(
 
 # %% ../../nbs/pipeline/50_culprit.ipynb #c83e3fd3
 def refused_keys(inquiry: Inquiry) -> dict[str, tuple[Any, ...]]:
-    """The keys that forced versions on the line added or changed and the last version still has, by version."""
+    """The keys of rows that forced versions on the line brought and the last version still has as they came, by version."""
     found: dict[str, tuple[Any, ...]] = {}
-    key = str(inquiry.recipe.features.key)
-    for before, after in pairwise(inquiry.line):
-        if inquiry.store.resolve(after).forced:
-            left = set(inquiry.rows(inquiry.line[-1])[key])
-            touched = [
-                k for one in read_changes(inquiry.store, before, after).sets for k in one.keys
-            ]
-            found[after] = tuple(k for k in dict.fromkeys(touched) if k in left)
+    key, last = str(inquiry.recipe.features.key), inquiry.store.resolve(inquiry.line[-1])
+    for ref in inquiry.line[1:]:
+        if inquiry.store.resolve(ref).forced:
+
+            def is_it(at: DataVersion, ref: str = ref) -> bool:
+                return at.ref == ref
+
+            brought = rows_brought_by(inquiry.store, last, is_it)
+            found[ref] = tuple(inquiry.rows(inquiry.line[-1])[key][brought])
     return found
+
+
+def still_standing(inquiry: Inquiry, place: int, change: ChangeSet) -> ChangeSet:
+    """The change without the rows that were corrected or left out after it: nobody is to take those back."""
+    ref, last = inquiry.line[place], inquiry.line[-1]
+    if ref == last or change.kind == "rows removed":
+        return change
+    store, key = inquiry.store, str(inquiry.recipe.features.key)
+    same = row_index(store, ref).isin(row_index(store, last))
+    left = set(inquiry.rows(ref)[key][same])
+    return replace(change, keys=tuple(k for k in change.keys if k in left))
 
 
 def largest_forced(
@@ -306,6 +319,7 @@ def find_culprit(
             (place, changes, change), found_by = refused, "force"
     rows = examples = mended = None
     if changes is not None and change is not None:
+        change = still_standing(inquiry, place, change)
         belief, rows, examples = _name_rows(inquiry, comparison, changes, change, belief)
     limit = retrain_limit(len(line) - 1, len(changes.sets) if changes else 1)
     if changes is not None and rows is not None and len(retrainer.asked) < limit:

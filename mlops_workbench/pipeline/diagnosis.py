@@ -211,15 +211,15 @@ def _data_remedy(culprit: Culprit, change: ChangeSet, keys_file: str) -> Remedy:
         )
     if not (culprit.guilty_keys and keys_file):
         return Remedy(back, f"back to the last version before {change.title}")
-    guilty = f"{len(culprit.guilty_keys)} wrong rows of {culprit.version}"
-    named = f" ({change.name})" if change.name != culprit.version else ""
     whole = len(culprit.batch_keys)
-    why = f"{change.title} of {culprit.version}: most of it is wrong" if whole else guilty + named
-    what = (
-        f"all {whole:,} rows of the change, most of which are guilty,"
-        if whole
-        else "the guilty rows"
-    )
+    where = "" if change.name == culprit.version else f" of {culprit.version}"
+    why = f"{len(culprit.guilty_keys)} suspicious rows of {culprit.version}"
+    what = "the guilty rows"
+    if whole:
+        why = f"{change.title}{where}: most of it looks wrong"
+        what = f"the {whole:,} rows of the change, of which {len(culprit.guilty_keys):,} are guilty"
+    elif where:
+        why += f" ({change.name})"
     return Remedy(
         _drop_command(culprit, culprit.parent, keys_file, why),
         f"a new version without {what}; then "

@@ -153,7 +153,9 @@ def judge_data(fall: Fall, culprit: Culprit | None) -> Finding:
     }
     words = f"{culprit.line[0]} -> {culprit.line[-1]}: {effect.words()}"
     if not culprit.version or culprit.change is None:
-        told = f"{words}: within what chance does{culprit.cap_words}"
+        word = "the second is the better one; were the two swapped?"
+        word = word if effect.high < 0 else f"within what chance does{culprit.cap_words}"
+        told = f"{words}: {word}"
         return Finding("data", "innocent", told, numbers)
     if not culprit.is_shown:
         return Finding(
@@ -193,6 +195,10 @@ def judge_seeds(fall: Fall, culprit: Culprit | None) -> Finding:
     if culprit.is_shown:
         return Finding(
             "seed noise", "innocent", f"{usual}; {moved}, which is more than that", numbers
+        )
+    if effect.high < 0:
+        return Finding(
+            "seed noise", "innocent", f"{usual}; {moved}: the second is the better one", numbers
         )
     return Finding(
         "seed noise", "possible", f"{usual}; {moved}: chance is enough to explain it", numbers
