@@ -14,12 +14,12 @@ from data_support import new_store, table
 
 from mlops_workbench.cli.main import main
 from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.data.defaults import default_versions
 from mlops_workbench.data.forced import forced_rows
 from mlops_workbench.data.quarantine import quarantined
 from mlops_workbench.data.versions import DataStore
 from mlops_workbench.pages.data_views import diff_tables
 from mlops_workbench.pages.difference import difference_html
-from mlops_workbench.pipeline.data_line import default_versions
 from mlops_workbench.pipeline.reuse import named_version
 
 NAMES = ["--key", "id", "--label", "late"]

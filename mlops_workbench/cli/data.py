@@ -34,7 +34,7 @@ from mlops_workbench.cli.options import (
     workspace_option,
 )
 from ..core.digits import counted
-from ..core.errors import UsageError, WorkbenchError
+from ..core.errors import DataError, UsageError, WorkbenchError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -192,7 +192,7 @@ def _links(store: DataStore, versions: Sequence[DataVersion]) -> list[dict[str, 
     """What each version is called, whether it counts, and the releases made from it."""
     from mlops_workbench.core.ledger import Ledger
     from mlops_workbench.data.names import named_versions
-    from mlops_workbench.pipeline.data_line import default_versions, withdrawn_versions
+    from mlops_workbench.data.defaults import default_versions, withdrawn_versions
 
     names = named_versions(store.root, versions)
     defaults, withdrawn = default_versions(store.workspace), withdrawn_versions(store.workspace)
@@ -345,18 +345,26 @@ def verify(ref: str | None, repair: bool, workspace: Path | None, as_json: bool)
     Example: mwb data verify flights@v1.1
     """
     store = open_store(workspace)
+    if store.versions() and not store.holds_content():
+        raise DataError(
+            f"expected the content of {counted(len(store.versions()), 'version')}, found only what git knows of them; "
+            "fetch it from where it was pushed to: `mwb data pull --from REMOTE`"
+        )
     with waiting("hashing every file"):
         found = store.verify(store.resolve(ref).ref if ref else None, repair=repair)
     print_table([vars(problem) for problem in found], as_json, empty="every file is whole")
     lasting = [problem for problem in found if not problem.repaired]
     if lasting:
+        absent = all(problem.what == "missing" for problem in lasting)
         advice = (
-            "restore the remote from a backup"
+            "fetch them from where they were pushed to: `mwb data pull --from REMOTE`"
+            if absent
+            else "restore the remote from a backup"
             if repair
             else "run `mwb data verify` to repair what can be"
         )
         raise WorkbenchError(
-            f"expected whole files, found {len(lasting)} damaged, first {lasting[0].path} "
+            f"expected whole files, found {len(lasting)} {'missing' if absent else 'damaged'}, first {lasting[0].path} "
             f"({lasting[0].place} of {lasting[0].ref}); {advice}"
         )
 

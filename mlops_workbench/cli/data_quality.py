@@ -76,10 +76,10 @@ def infer_schema(
 def _dataset(store: Any) -> str:
     """The default version of the recipe's data set, or its name while there is none."""
     from mlops_workbench.recipes.protocol import load_recipe
-    from mlops_workbench.release.deployment import default_data
+    from mlops_workbench.data.defaults import default_versions
 
     name = load_recipe(store.workspace.settings.workspace.recipe, store.root).dataset
-    return default_data(store.workspace, name) or name
+    return default_versions(store.workspace).get(name, name)
 
 # %% ../../nbs/cli/26_data_quality.ipynb #f630c74a
 @click.command("review")

@@ -135,7 +135,7 @@ def take_rows(
     from mlops_workbench.data.intake import deliver, judge, take_in
     from mlops_workbench.data.validation import refuse
     from mlops_workbench.pipeline.data_rollback import base_version
-    from mlops_workbench.release.deployment import set_default_data
+    from mlops_workbench.data.defaults import set_default_data
 
     with store.taking_in():
         base = base_version(store.workspace, name)

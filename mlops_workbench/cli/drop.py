@@ -57,7 +57,7 @@ def drop(
     from mlops_workbench.data.drop import drop_rows, read_keys
     from mlops_workbench.data.forced import forced_keys, forced_rows
     from mlops_workbench.data.versions import DataStore
-    from mlops_workbench.release.deployment import set_default_data
+    from mlops_workbench.data.defaults import set_default_data
 
     if (keys_file is None) != drop_forced:
         raise UsageError("expected --keys-from FILE or --forced, found both or neither; name one")

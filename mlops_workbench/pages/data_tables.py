@@ -19,7 +19,7 @@ from ..data.records import DataVersion
 from ..data.versions import DataStore
 from .last_diagnoses import diagnosis_files, last_diagnoses
 from .read_models import QUARANTINE, diff_path, model_mark, read_table
-from ..pipeline.data_line import withdrawn_versions
+from ..data.defaults import withdrawn_versions
 from ..recipes.protocol import load_recipe
 
 # %% auto #0

@@ -21,7 +21,7 @@ from .deploy import follow_in_registry
 from .rollout_record import missing_records, start_writer
 from .runner import CycleResult, run_stages
 from ..release.deployment import write_projection
-from ..release.deployment import default_data
+from ..data.defaults import default_versions
 from ..release.regime_watch import tend_regimes
 from ..release.rehearsal import drill, drill_due, rehearse, unrehearsed
 from ..release.rollout_judge import tend_rollout
@@ -43,7 +43,7 @@ class Waiting:
 def waiting_rows(workspace: Workspace, dataset: str) -> Waiting:
     """Count the labelled requests since the data set's default version was made."""
     until = timestamp()
-    ref = default_data(workspace, dataset)
+    ref = default_versions(workspace).get(dataset)
     if ref is None:
         return Waiting(0, until, until)
     since = datetime.fromisoformat(DataStore(workspace).resolve(ref).created_at).timestamp()

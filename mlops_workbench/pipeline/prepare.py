@@ -20,7 +20,7 @@ from ..monitoring.prediction_store import read_window
 from .outcome import Outcome, decided_by, standing_version, write_output
 from .stage import Stage
 from ..recipes.protocol import Recipe, delivered_rows
-from ..release.deployment import set_default_data
+from ..data.defaults import set_default_data
 
 # %% auto #0
 __all__ = ['read_batch', 'read_file', 'labelled_requests', 'accepted_rows', 'check_batch', 'keep_evidence', 'snapshot_batch']

@@ -24,23 +24,18 @@ from ..core.files import file_lock
 from ..core.ledger import DecisionRow, Ledger, SlotRow
 from ..core.pointer import Pointer, SlotEntry, read_pointer, write_pointer
 from ..core.workspace import Workspace
+from ..data.defaults import data_slot, record_default
 from .approvals import check_four_eyes
 
 # %% auto #0
-__all__ = ['CHAMPION', 'CHALLENGER', 'SPECIAL', 'SHADOW', 'data_slot', 'Change', 'record_release', 'serving_regime',
-           'write_projection', 'next_release_name', 'deploy', 'former_champions', 'rollback_target', 'rollback',
-           'clear_release', 'set_default_data', 'default_data']
+__all__ = ['CHAMPION', 'CHALLENGER', 'SPECIAL', 'SHADOW', 'Change', 'record_release', 'serving_regime', 'write_projection',
+           'next_release_name', 'deploy', 'former_champions', 'rollback_target', 'rollback', 'clear_release']
 
 # %% ../../nbs/release/03_deployment.ipynb #27ebf87f
 CHAMPION = "champion"
 CHALLENGER = "challenger"  # the slot of a release that a rollout gives a share of the traffic
 SPECIAL = "special:"  # and a name: a model that waits, loaded, for a regime that is foreseen
 SHADOW = "shadow"  # of one that gets a copy: its answers are kept and not given
-
-# %% ../../nbs/release/03_deployment.ipynb #ee686247
-def data_slot(ref: str) -> str:
-    """Return the slot that holds the default version of a data set: flights@v1.1 -> data:flights."""
-    return f"data:{ref.split('@')[0]}"
 
 # %% ../../nbs/release/03_deployment.ipynb #97b36811
 @dataclass(frozen=True)
@@ -327,6 +322,7 @@ def rollback(
             key=f"rollback-{current.digest}-{epoch}",
         )
     write_projection(workspace, ledger)
+    record_default(workspace, target.data_version)
     return Change(
         target.name, target.digest, current.name, target.data_version, epoch, change.decision_id
     )
@@ -344,30 +340,3 @@ def clear_release(workspace: Workspace, name: str, *, actor: str, reason: str) -
         "clear", actor=actor, subject=row.name, verdict="cleared", reason=reason
     ) as change:
         change.set_release_status(row.digest, "approved")
-
-# %% ../../nbs/release/03_deployment.ipynb #f78e7fae
-def set_default_data(
-    workspace: Workspace,
-    ref: str,
-    *,
-    actor: str,
-    reason: str,
-    cycle: str | None = None,
-    record_path: str | None = None,
-) -> None:
-    """Make a data version the one that the next batch is added to."""
-    ledger = Ledger(workspace.ledger_url)
-    slot = ledger.slot(data_slot(ref))
-    if slot is not None and slot.digest == ref:
-        return
-    with ledger.decision(
-        "data", actor=actor, subject=ref, verdict="default",
-        reason=reason, cycle=cycle, record_path=record_path,
-    ) as change:  # fmt: skip
-        change.set_slot(data_slot(ref), ref, slot.epoch if slot else 0)
-
-# %% ../../nbs/release/03_deployment.ipynb #a26add36
-def default_data(workspace: Workspace, name: str) -> str | None:
-    """Return the ref of the version that the next batch of a data set is added to, or None."""
-    slot = Ledger(workspace.ledger_url).slot(data_slot(name))
-    return slot.digest if slot else None

@@ -22,7 +22,8 @@ from ..core.assignment import share_words
 from ..core.ledger import Ledger, RolloutRow
 from ..core.workspace import Workspace
 from .approvals import check_four_eyes
-from .deployment import CHAMPION, data_slot, write_projection
+from ..data.defaults import data_slot, record_default
+from .deployment import CHAMPION, write_projection
 
 # %% auto #0
 __all__ = ['record_file', 'record_link', 'start_rollout', 'the_rollout', 'advance_rollout', 'pause_rollout', 'resume_rollout',
@@ -231,3 +232,5 @@ def _move(
                 change.set_slot(place, release.data_version, data.epoch if data else 0)
         if bar:
             change.set_release_status(release.digest, "barred")
+    if promote:
+        record_default(workspace, release.data_version)
