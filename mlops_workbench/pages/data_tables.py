@@ -70,7 +70,11 @@ def counts_of(path: Path, mark: tuple[int, int]) -> str:
     """Return the counts of a difference, read once for each mark of its file, as JSON; without any for a pair that could not be compared."""
     summary = json.loads(read_table(path, "summary")[0]["content"])
     kinds = ("added", "removed", "changed", "relabelled")
-    return json.dumps({} if summary["problem"] else {kind: summary[kind] for kind in kinds})
+    if summary["problem"]:
+        return "{}"
+    columns = {name: len(summary[f"columns_{name}"]) for name in ("added", "removed")}
+    found = {kind: summary[kind] for kind in kinds}
+    return json.dumps({**found, "columns": columns["added"] + columns["removed"]})
 
 
 def parent_counts(folder: Path, version: DataVersion, known: dict[str, DataVersion]) -> str:
@@ -123,7 +127,7 @@ def data_tables(workspace: Workspace) -> dict[str, tuple[Sequence[str], list[Seq
         ),
         "diagnosis": (
             ("name", "at", "notebook", "content", "done"),
-            last_diagnoses(workspace, decisions),
+            last_diagnoses(workspace, decisions, gone),
         ),
     }
 

@@ -19,6 +19,7 @@ from ..data.versions import DataStore
 from ..data.thumbnails import brightness, picture_column, thumbnail
 from .data_views import cell_text
 from .read_models import QUARANTINE, read_table, write_model
+from ..recipes.protocol import known_classes
 
 # %% auto #0
 __all__ = ['ROW_COLUMNS', 'list_state', 'waiting_row', 'list_rows', 'decide_rows']
@@ -54,7 +55,8 @@ def list_rows(workspace: Workspace, version: DataVersion) -> int:
     """Write the rows of a quarantine that wait, unless that was done; return 1 when something was written."""
     if list_state(workspace.read_models, version.name) == version.digest:
         return 0
-    rows = review_list(DataStore(workspace), version.name.removesuffix(QUARANTINE))
+    name = version.name.removesuffix(QUARANTINE)
+    rows = review_list(DataStore(workspace), name, classes=known_classes(workspace, name))
     rows.sort(key=lambda row: -(row["probability"] or 0.0))
     values = pd.DataFrame([row["values"] for row in rows])
     column = picture_column(values)

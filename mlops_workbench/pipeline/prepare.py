@@ -89,6 +89,7 @@ def check_batch(
         label=features.label,
         schema=stage.recipe.schema(),
         features=[feature.name for feature in features.features],
+        classes=features.classes,
         skip=[str(features.key)] if stage.parameters.get("log_since") else [],  # ids of requests
     )
     known = 0 if previous is None else len(previous)
@@ -148,6 +149,7 @@ def _store(
         label=recipe.features.label,
         by=by,
         source=f"{stage.cycle}/{stage.folder.name}",
+        classes=recipe.features.classes,
         place=str(stage.folder),
         force=force,
         message=message,
