@@ -413,6 +413,8 @@ def test_what_was_refused_once_gets_no_tolerance(
     assert "on v1.1 (forced)" in (main(["data", "list", "own", *here]), capsys.readouterr().out)[1]
     keys.write_text("\n".join(sorted(wrong)[100:]))
     assert main(["data", "drop", "own", "--keys-from", str(keys), *here]) == 0
-    assert "740 rows that had been forced in and stay pass the checks now" in capsys.readouterr().out
+    assert (
+        "740 rows that had been forced in and stay pass the checks now" in capsys.readouterr().out
+    )
     rows = store.rows("own@v1.3")
     assert not forced_rows(store, "own@v1.3").any() and (rows["batch"] == "may").sum() == 740
