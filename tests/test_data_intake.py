@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from data_support import new_store, table
 
 from mlops_workbench.cli.main import main
 from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.core.workspace import Workspace
 from mlops_workbench.data.defaults import default_versions
 from mlops_workbench.data.forced import forced_rows
 from mlops_workbench.data.quarantine import quarantined
@@ -25,12 +27,19 @@ from mlops_workbench.pipeline.reuse import named_version
 NAMES = ["--key", "id", "--label", "late"]
 
 
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to copy from: 2,000 rows as delivered, and the workspace that has them as own@v1.0."""
+    folder = tmp_path_factory.mktemp("untouched")
+    assert snapshot(new_store(folder), good(2000), *NAMES) == 0
+    return folder
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> DataStore:
-    """A workspace with 2,000 rows in own@v1.0."""
-    made = new_store(tmp_path)
-    assert snapshot(made, good(2000), *NAMES) == 0
-    return made
+def store(untouched: Path, tmp_path: Path) -> DataStore:
+    """A copy of that workspace."""
+    shutil.copytree(untouched, tmp_path, symlinks=True, dirs_exist_ok=True)
+    return DataStore(Workspace.open(tmp_path / "workspace"))
 
 
 def good(rows: int, first: int = 0) -> pd.DataFrame:

@@ -748,15 +748,3 @@ def test_figures_of_a_champion_without_evaluation_are_still_measured(
     with contextlib.suppress(FileNotFoundError):
         workspace.pointer_path.unlink()
     assert monitor_once(workspace, since=span[0], until=span[1]).champion is None
-
-
-def test_a_window_of_a_hundred_thousand_rows_is_read_in_seconds(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    rows = pd.concat([draw_rows(generator, 10_000)] * 10)
-    records = prediction_records(rows, release="a", since=START, until=START + HOUR)
-    write_log(tmp_path, records, segments=4)
-    compact(tmp_path, older_than_seconds=0)
-    started = time.process_time()
-    window = read_window(tmp_path, START, START + HOUR)
-    assert len(window.predictions) == 100_000
-    assert time.process_time() - started < 15

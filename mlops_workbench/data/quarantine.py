@@ -67,7 +67,7 @@ def split_batch(
             found = " is missing" if pd.isna(cell) is True else f" is {shorten(cell, 40)}"
             if isinstance(cell, bytes | np.ndarray):
                 found = ""  # a picture is looked at, not read
-            elif problem.column == label and pd.notna(cell):
+            elif problem.column == label and class_name(cell, classes) != str(cell):
                 found = f" is {class_name(cell, classes)}"
             reasons[place].append(f"{problem.column}{found}: expected {problem.rule}")
     doubt = pd.DataFrame(columns=["key", "likely", "wrong"])
