@@ -259,6 +259,7 @@ class FeatureSchema(BaseModel):
     key: str | None  # the column that names a row
     entity: str | None = None  # the field that keeps one visitor on one release
     ignored: tuple[str, ...] = ()  # further columns, which a row may carry and no model reads
+    private: dict[str, Literal["hash", "drop"]] = {}  # columns that are not logged as they come
 
     @model_validator(mode="after")
     def _check_names(self) -> "FeatureSchema":
@@ -269,6 +270,16 @@ class FeatureSchema(BaseModel):
             raise ValueError(f"expected two or more different classes, found {self.classes}")
         if len(self.of_kind("image")) > 1:
             raise ValueError("expected at most one image")
+        identifiers = {name for name in (self.key, self.entity) if name}
+        for name, way in self.private.items():
+            if name not in identifiers.union(names):
+                raise ValueError(
+                    f"expected a feature, the key or the entity as private, found {name!r}"
+                )
+            if way == "drop" and name in identifiers:
+                raise ValueError(
+                    f"expected private {name!r} to be hashed, found drop; it tells who a row is about"
+                )
         return self
 
     def of_kind(self, kind: Literal["number", "category", "image"]) -> tuple[Feature, ...]:
@@ -279,6 +290,16 @@ class FeatureSchema(BaseModel):
     def kinds(self) -> tuple[tuple[Feature, ...], tuple[Feature, ...], tuple[Feature, ...]]:
         """Numbers, categories and images."""
         return self.of_kind("number"), self.of_kind("category"), self.of_kind("image")
+
+    @cached_property
+    def logged(self) -> tuple[Feature, ...]:
+        """The features whose values stand in the prediction log as they came: all but the private ones."""
+        return tuple(feature for feature in self.features if feature.name not in self.private)
+
+    @cached_property
+    def unlogged(self) -> tuple[str, ...]:
+        """The names of the other features."""
+        return tuple(feature.name for feature in self.features if feature.name in self.private)
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
