@@ -97,7 +97,11 @@ def register_regime(workspace: Workspace, regime: Regime, *, actor: str, reason:
             f"expected a name of letters, digits, '.', '_' and '-', found {regime.name!r}"
         )
     if regime.when:
-        read_detector(regime.when)
+        wanted, schema = read_detector(regime.when), release_schema(ledger, release.digest)
+        if wanted.is_column and wanted.figure in schema.unlogged:
+            raise UsageError(
+                f"expected a column that is logged, found {wanted.figure}, which {release.name} calls private; watch another"
+            )
     if bool(regime.since) != bool(regime.until) or (regime.since and regime.since >= regime.until):
         raise UsageError(
             "expected a time from when and a later one until when, or neither; found something else"

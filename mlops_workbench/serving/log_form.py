@@ -9,7 +9,7 @@ import contextlib
 import os
 import secrets
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..core.files import sync_folder
 from ..core.journal import encode_value
 
 # %% auto #0
-__all__ = ['SALT_FILE', 'WITHHELD', 'read_salt', 'without_values', 'private_columns', 'LogForm']
+__all__ = ['SALT_FILE', 'WITHHELD', 'read_salt', 'without_values', 'LogForm']
 
 # %% ../../nbs/serving/22_log_form.ipynb #976a444d
 SALT_FILE = "log_salt"
@@ -66,15 +66,6 @@ def without_values(reason: str) -> str:
     """An error's words up to what was found."""
     expected, found, _ = reason.partition(", found")
     return f"{expected}; {WITHHELD}" if found else reason
-
-# %% ../../nbs/serving/22_log_form.ipynb #b3f01b06
-def private_columns(schemas: Iterable[FeatureSchema]) -> dict[str, str]:
-    """What becomes of the private columns of releases that answer together; the stricter word counts."""
-    found: dict[str, str] = {}
-    for schema in schemas:
-        for name, way in schema.private.items():
-            found[name] = "drop" if "drop" in (way, found.get(name)) else "hash"
-    return found
 
 # %% ../../nbs/serving/22_log_form.ipynb #cb87ac76
 class LogForm:

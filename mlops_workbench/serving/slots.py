@@ -16,8 +16,8 @@ from pathlib import Path
 from ..core.assignment import choose_arm
 from ..core.clock import iso, now
 from ..core.errors import WorkbenchError
+from ..core.features import private_columns
 from ..core.pointer import Pointer, SlotEntry, read_pointer
-from .log_form import private_columns
 from .models import LoadedModel, load_model
 
 # %% auto #0
@@ -81,7 +81,7 @@ class Arms:
         return self.models[CHAMPION]
 
     @cached_property
-    def private(self) -> dict[str, str]:
+    def private(self) -> Mapping[str, str]:
         """The columns that none of these releases may leave in the log as they come."""
         return private_columns(model.schema for model in self.models.values())
 
