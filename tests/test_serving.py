@@ -22,6 +22,7 @@ from serving_support import (
     Load,
     RunningServer,
     build_bundle,
+    can_mount,
     late_model,
     logged,
     make_workspace,
@@ -657,15 +658,6 @@ def test_sigterm_while_starting_ends_it(tmp_path: Path, bundle: Path) -> None:
         time.sleep(delay)
         process.terminate()
         assert process.wait(15) in (0, -15)
-
-
-def can_mount() -> bool:
-    """True where a process may mount a small file system of its own."""
-    probe = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt"]
-    try:
-        return subprocess.run(probe, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs a private mount namespace")
