@@ -253,8 +253,7 @@ def _details(measured: Measured) -> dict[str, str]:
     }
     if measured.unlogged:
         told = f"{counted(measured.unlogged, 'answer')} without a record: the disk was full"
-        details["errors"] += f"; {told}"
-        details["rate"] += f"; {told}"
+        details |= {name: f"{told}; {details[name]}" for name in ("errors", "rate")}
     if quality is not None:
         estimate = quality.figures["accuracy"]
         band = f"{estimate.low:.3f} to {estimate.high:.3f}, " if estimate.low is not None else ""
