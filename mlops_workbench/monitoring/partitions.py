@@ -223,12 +223,12 @@ def _sweep(predictions: Path, catalogue: Catalogue, keep_seconds: float) -> int:
 # %% ../../nbs/monitoring/01_partitions.ipynb #69fbd871
 def _forget_gone(predictions: Path, catalogue: Catalogue) -> Catalogue:
     """The catalogue without the segments whose removal has reached the disk."""
-    for name in ("segments", "damaged"):
-        if (predictions / name).is_dir():
-            sync_folder(predictions / name)
     there = {path.name for path in (predictions / "segments").glob("*.log")}
     if catalogue.segments.keys() <= there:
         return catalogue
+    for name in ("segments", "damaged"):
+        if (predictions / name).is_dir():
+            sync_folder(predictions / name)
     known = {name: done for name, done in catalogue.segments.items() if name in there}
     catalogue = replace(catalogue, generation=catalogue.generation + 1, segments=known)
     _commit(predictions, catalogue)
@@ -260,8 +260,7 @@ def _write_partition(
     pq.write_table(table, path, compression="zstd")
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    for parent in (folder, folder.parent, folder.parent.parent):
-        sync_folder(parent)  # before its segment may go, the file must be found by its name
+    sync_folder(folder)
     times = table["time"]
     return PartitionFile(
         path.relative_to(predictions / "parquet").as_posix(),
@@ -280,12 +279,19 @@ def _write_rows(
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for kind, row in rows:
         groups.setdefault((kind, _hour(row["time"])), []).append(row)
-    return [
+    files = [
         _write_partition(
             predictions, kind, hour, pa.Table.from_pylist(group, SCHEMAS[kind]), generation
         )
         for (kind, hour), group in sorted(groups.items())
     ]
+    for kind in {
+        file.kind for file in files
+    }:  # a new hour must be found by its name before its segment may go;
+        sync_folder(
+            predictions / "parquet" / f"kind={kind}"
+        )  # the folder above is the catalogue's own
+    return files
 
 # %% ../../nbs/monitoring/01_partitions.ipynb #d7e8cac2
 @dataclass(frozen=True)
@@ -316,10 +322,10 @@ def compact(
     if not segments.is_dir():
         return CompactionReport(0, 0, 0, 0, 0)
     (predictions / "parquet").mkdir(exist_ok=True)
-    sync_folder(predictions)
     with file_lock(predictions / "compaction.lock", timeout_seconds):
         catalogue = read_catalogue(predictions)
         if catalogue.generation == 0:
+            sync_folder(predictions)
             catalogue = replace(catalogue, generation=1)
             _commit(predictions, catalogue)
         _remove_left_overs(predictions, catalogue, grace_seconds)
