@@ -44,8 +44,8 @@ check: setup ## clean notebooks, code in step, rules, types, notebook tests
 slow-tests: setup ## the long suites
 	$(BIN)/python -m pytest -m slow --override-ini 'addopts=-q --strict-markers'
 
-faults: setup ## kill, stop and starve all that takes part in a rollout under load
-	$(BIN)/python -m pytest tests/test_rollout_faults.py -m slow -s --override-ini 'addopts=-q --strict-markers'
+faults: setup ## kill, stop and starve all that takes part in a rollout, and the prediction log, under load
+	$(BIN)/python -m pytest tests/test_rollout_faults.py tests/test_log_faults.py -m slow -s --override-ini 'addopts=-q --strict-markers'
 
 benchmarks: setup ## print the tables of speed and memory
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

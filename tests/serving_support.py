@@ -307,6 +307,15 @@ def logged(predictions: Path, kind: str = "prediction") -> list[dict[str, Any]]:
     return records
 
 
+def can_mount() -> bool:
+    """True where a process may mount a small file system of its own."""
+    probe = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt"]
+    try:
+        return subprocess.run(probe, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
 def make_workspace(root: Path, **serving_settings: object) -> Workspace:
     """A workspace with nothing in it but settings, which is all that a server needs."""
     root.mkdir(parents=True, exist_ok=True)

@@ -145,6 +145,9 @@ class ServingSettings(SettingsSection):
     maximum_body_bytes: int = Field(default=10_485_760, ge=1024)
     sync_interval_ms: int = Field(default=50, ge=0)
     segment_bytes: int = Field(default=16_777_216, ge=65_536)
+    full_disk: Literal["refuse", "count"] = "refuse"
+    large_row_bytes: int = Field(default=0, ge=0)
+    large_row_share: float = Field(default=0.1, gt=0, le=1)
     workers: int = Field(default=1, ge=1, le=64)
 
 # %% ../../nbs/core/03_settings.ipynb #72e5b358
@@ -158,6 +161,8 @@ class MonitoringSettings(SettingsSection):
     false_alarm_rate: float = Field(default=0.05, gt=0, lt=1)
     minimum_effect: float = Field(default=0.1, ge=0)
     maximum_age_seconds: float = Field(default=300, gt=0)
+    log_days: float = Field(default=0, ge=0)
+    segment_days: float = Field(default=0, ge=0)
 
 # %% ../../nbs/core/03_settings.ipynb #fdff6b55
 class UpdateSettings(SettingsSection):

@@ -79,6 +79,9 @@ maximum_rows = 10000                  ; rows in one request
 maximum_body_bytes = 10485760         ; bytes in one request
 sync_interval_ms = 50                 ; the prediction log is forced to the disk so often; 0: at every reply
 segment_bytes = 16777216              ; a file of the prediction log is closed at this size
+full_disk = refuse                    ; no room for the log: refuse (503), or count: answer, and count what is not logged
+large_row_bytes = 0                   ; of rows with more bytes only a share is logged with its inputs; 0: all are
+large_row_share = 0.1                 ; that share; each record says it, so that figures can be weighed
 workers = 1                           ; processes that answer at the one port; as many as cores
 """
 
@@ -92,6 +95,8 @@ interval_seconds = 60                 ; under `mwb up` the monitor looks so ofte
 false_alarm_rate = 0.05               ; of drift, over all columns of one window in which nothing moved
 minimum_effect = 0.1                  ; a smaller shift is no drift, however sure (in standard deviations or share)
 maximum_age_seconds = 300             ; figures older than this are shown as old
+log_days = 0                          ; the prediction log is kept so long, and what a rollout needs longer; 0: for ever
+segment_days = 0                      ; its raw files stay so long once they are in the hourly ones; 0: not at all
 
 [update]
 minimum_new_rows = 1000               ; retrain when so many labelled rows are new
@@ -175,6 +180,14 @@ severity = warning                    ; warning or critical
 metric = error_share                  ; replies that are errors of ours
 operator = above                      ; the wrong side of the threshold
 threshold = 0.01                      ; one in a hundred
+action = notify                       ; tell the channels
+severity = critical                   ; warning or critical
+
+[alert.unlogged]
+metric = unlogged_share               ; answers without a record, as the disk was full (serving.full_disk = count)
+operator = above                      ; the wrong side of the threshold
+threshold = 0                         ; none
+for_windows = 1                       ; windows in a row before it fires
 action = notify                       ; tell the channels
 severity = critical                   ; warning or critical
 """

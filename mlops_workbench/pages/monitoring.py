@@ -268,8 +268,12 @@ def moved_html(snapshot: Snapshot) -> str:
         return ""
     everything = [*found["columns"], *filter(None, [found["prediction"]])]
     moved = [column for column in everything if column["moved"]]
+    names = found.get("not_logged") or ()
+    private = (
+        f"<p>Not logged, because the recipe calls them private: {escape(', '.join(names))}.</p>"
+    )
     if not moved:
-        return ""
+        return f"<h2>Drift</h2>{private}" if names else ""
     moved.sort(key=lambda column: -(column["effect"] or 0))
     rows = [
         [
@@ -281,9 +285,10 @@ def moved_html(snapshot: Snapshot) -> str:
         for column in moved
     ]
     title = f"<h2>Drift</h2><p>{len(moved)} of {len(everything)} columns moved, against the data the release was trained on (the answers and the gaps of a column count as one each).</p>"
-    return title + table_html(
+    table = table_html(
         ["column", "effect", "threshold", "direction"], rows, "", "columns that moved"
     )
+    return title + table + (private if names else "")
 
 # %% ../../nbs/pages/07_monitoring.ipynb #c3e37e78
 def quality_html(snapshot: Snapshot) -> str:

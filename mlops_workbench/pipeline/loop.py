@@ -20,6 +20,7 @@ from ..monitoring.prediction_store import read_window
 from .deploy import follow_in_registry
 from .rollout_record import missing_records, start_writer
 from .runner import CycleResult, run_stages
+from ..recipes.protocol import load_recipe
 from ..release.deployment import write_projection
 from ..data.defaults import default_versions
 from ..release.regime_watch import tend_regimes
@@ -60,6 +61,12 @@ def one_turn(workspace: Workspace, dataset: str, say: Callable[[str], None]) -> 
         say(f"{stage.stage}: {stage.summary or stage.status}")
     decision = looked.stages[-1]
     if decision.stage != "update" or decision.verdict != "retrain" or waiting.rows == 0:
+        return None
+    recipe = workspace.settings.workspace.recipe
+    if unlogged := load_recipe(recipe, workspace.root).features.unlogged:
+        say(
+            f"no new cycle from the log, which lacks the private {', '.join(unlogged)}: bring rows by `mwb data import`"
+        )
         return None
     if (rollout := Ledger(workspace.ledger_url).open_rollout()) is not None:
         say(f"no new cycle while {rollout.name} goes on; see `mwb release status`")

@@ -52,7 +52,12 @@ def labelled_requests(
     workspace: Workspace, recipe: Recipe, since: float, until: float
 ) -> pd.DataFrame:
     """Return the logged requests of a window whose true class has arrived, as rows of the recipe's table."""
-    window = read_window(workspace.predictions, since, until).predictions
+    if unlogged := recipe.features.unlogged:
+        raise DataError(
+            f"expected the log to hold every feature of {recipe.name}, found {', '.join(unlogged)} private: not logged; "
+            "bring new rows by file: mwb data import"
+        )
+    window = read_window(workspace.predictions, since, until).with_inputs
     window = window[window["label"].notna()]
     if window.empty:
         raise DataError(

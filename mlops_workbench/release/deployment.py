@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..core.clock import iso, now
 from ..core.bundle import read_manifest, verify_bundle
@@ -28,8 +29,9 @@ from ..data.defaults import data_slot, record_default
 from .approvals import check_four_eyes
 
 # %% auto #0
-__all__ = ['CHAMPION', 'CHALLENGER', 'SPECIAL', 'SHADOW', 'Change', 'record_release', 'serving_regime', 'write_projection',
-           'next_release_name', 'deploy', 'former_champions', 'rollback_target', 'rollback', 'clear_release']
+__all__ = ['CHAMPION', 'CHALLENGER', 'SPECIAL', 'SHADOW', 'Change', 'record_release', 'record_link', 'link_words',
+           'serving_regime', 'write_projection', 'next_release_name', 'deploy', 'former_champions', 'rollback_target',
+           'rollback', 'clear_release']
 
 # %% ../../nbs/release/03_deployment.ipynb #27ebf87f
 CHAMPION = "champion"
@@ -81,11 +83,25 @@ def record_release(
         if verdict == "refused":
             change.enqueue(
                 f"{manifest.name} was refused",
-                f"{manifest.name} ({manifest.data_version}): {report['reason']}. "
-                f"Nothing was deployed. Evidence: {record_path}",
+                f"{manifest.name} ({manifest.data_version}): {report['reason']}; "
+                f"nothing was deployed{link_words(workspace, record_path)}",
                 severity="warning",
                 key=f"refused-{manifest.digest}",
             )
+
+# %% ../../nbs/release/03_deployment.ipynb #8663c584
+def record_link(workspace: Workspace, path: Path | str) -> str:
+    """The notebook as a message names it: its address where the settings tell one, else its file."""
+    place = Path(path)
+    if place.is_relative_to(workspace.root):
+        place = place.relative_to(workspace.root)
+    address = workspace.settings.rollout.record_url.rstrip("/")
+    return f"{address}/{quote(place.as_posix())}" if address else place.as_posix()
+
+
+def link_words(workspace: Workspace, record_path: str | None) -> str:
+    """The end of a message about a decision: its notebook, or nothing."""
+    return f"; why: {record_link(workspace, record_path)}" if record_path else ""
 
 # %% ../../nbs/release/03_deployment.ipynb #ae7173e3
 def _entry(ledger: Ledger, digest: str) -> SlotEntry:
@@ -212,7 +228,8 @@ def deploy(
             change.set_release_status(release.digest, "approved")
         change.enqueue(
             f"{release.name} serves now",
-            f"{release.name} ({manifest.data_version}) replaced {before or 'nothing'}: {reason}",
+            f"{release.name} ({manifest.data_version}) replaced {before or 'nothing'}: {reason}"
+            + link_words(workspace, record_path),
             severity="info" if allowed else "warning",
             key=f"deployed-{release.digest}-{epoch}",
         )
@@ -317,7 +334,8 @@ def rollback(
             f"rolled back to {target.name}",
             f"{current.name} ({current.data_version}) was replaced by {target.name} ({target.data_version}), "
             f"data and model together: {reason}"
-            + ("; it is barred until a person clears it" if bar else ""),
+            + ("; it is barred until a person clears it" if bar else "")
+            + link_words(workspace, record_path),
             severity="critical",
             key=f"rollback-{current.digest}-{epoch}",
         )

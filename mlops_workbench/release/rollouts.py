@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from ..core.bundle import verify_bundle
 from ..core.clock import iso, now
@@ -23,11 +22,11 @@ from ..core.ledger import Ledger, RolloutRow
 from ..core.workspace import Workspace
 from .approvals import check_four_eyes
 from ..data.defaults import data_slot, record_default
-from .deployment import CHAMPION, write_projection
+from .deployment import CHAMPION, record_link, write_projection
 
 # %% auto #0
-__all__ = ['record_file', 'record_link', 'start_rollout', 'the_rollout', 'advance_rollout', 'pause_rollout', 'resume_rollout',
-           'abort_rollout', 'promote_rollout']
+__all__ = ['record_file', 'start_rollout', 'the_rollout', 'advance_rollout', 'pause_rollout', 'resume_rollout', 'abort_rollout',
+           'promote_rollout']
 
 # %% ../../nbs/release/17_rollouts.ipynb #dd286846
 def record_file(
@@ -38,15 +37,6 @@ def record_file(
 ) -> Path:
     """The executed notebook of a decision on a rollout, there a few seconds after it."""
     return workspace.runs / "rollouts" / rollout / f"{number:02}_{verdict}.ipynb"
-
-
-def record_link(workspace: Workspace, path: Path | str) -> str:
-    """The notebook as a message names it: its address where the settings tell one, else its file."""
-    place = Path(path)
-    if place.is_relative_to(workspace.root):
-        place = place.relative_to(workspace.root)
-    address = workspace.settings.rollout.record_url.rstrip("/")
-    return f"{address}/{quote(place.as_posix())}" if address else place.as_posix()
 
 
 @contextmanager

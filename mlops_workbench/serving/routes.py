@@ -100,6 +100,7 @@ async def health(app: PredictionApp, request: Request) -> Answer:
         return json_answer({"status": word, "workspace": whose and {"id": whose.id}})
     log = app.service.log
     figures = {"records": log.records, "failures": log.failures, "last_failure": log.last_failure}
+    figures |= {"unlogged": log.unlogged}
     figures |= {"copied": app.service.shadow.sent, "copies_dropped": app.service.shadow.dropped}
     about: dict[str, object] = {"status": word, "workspace": whose and asdict(whose)}
     if (place := app.service.place) is not None:

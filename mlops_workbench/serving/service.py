@@ -21,6 +21,7 @@ from ..core.errors import ServingError
 from ..core.features import FeatureError
 from ..core.settings import ServingSettings
 from .feedback import FeedbackBook, FeedbackCounts, FeedbackItem
+from .log_form import LogForm, without_values
 from .metrics import ServerMetrics
 from .models import LoadedModel
 from .prediction_log import PredictionLog, recover_segments
@@ -88,6 +89,12 @@ class PredictionService:
             predictions,
             sync_interval_ms=settings.sync_interval_ms,
             segment_bytes=settings.segment_bytes,
+            full_disk=settings.full_disk,
+        )
+        self.form = LogForm(
+            pointer_path.parent,
+            large_row_bytes=settings.large_row_bytes,
+            large_row_share=settings.large_row_share,
         )
         self.book = FeedbackBook()
         self.metrics = ServerMetrics(self.slots, self.log)
@@ -183,7 +190,9 @@ class PredictionService:
             )
             for place, record in zip(places, made, strict=True):
                 records[place] = record
-        self.log.append(records)
+                if self.form.large_row_bytes:
+                    self.form.sample(model.schema, record)
+        self.log.append_answers(records)
         self.book.add_predictions(ids)
         for slot, _, _, places in answers:
             self.metrics.predictions(slot, arms.models[slot].digest, len(places))
@@ -191,7 +200,9 @@ class PredictionService:
         for (question, _), name, end in zip(asked, names, ends, strict=True):
             count = len(question.rows)
             share_ms = round(took_ms * count / len(rows), 3)
-            self.shadow.offer(name, ids[end - count : end], question.rows, share_ms)
+            self.shadow.offer(
+                name, ids[end - count : end], question.rows, share_ms, bool(arms.private)
+            )
         return [records[end - len(q.rows) : end] for (q, _), end in zip(asked, ends, strict=True)]
 
     @property
@@ -210,6 +221,8 @@ class PredictionService:
         model = arms.models[slot]
         try:
             logged = logged_rows(model, rows)
+            if arms.private:
+                logged = [self.form.hide(model.schema, arms.private, row) for row in logged]
             return slot, logged, model.probabilities(rows).astype(float).round(7).tolist()
         except (FeatureError, ServingError) as error:
             if slot == CHAMPION:
@@ -240,6 +253,8 @@ class PredictionService:
 
     def record_error(self, route: str, status: int, reason: str, **about: str | int) -> None:
         """Put a refusal or failure on record, with the release, slot and rows it is about; PredictionLogError when it cannot be written."""
+        if self.slots.arms is not None and self.slots.arms.private:
+            reason = without_values(reason)
         record = {
             "kind": "error",
             "time": timestamp(),
@@ -248,7 +263,7 @@ class PredictionService:
             "route": route,
             **about,
         }
-        self.log.append([record])
+        self.log.append_answers([record])
 
     def health(self) -> str:
         """One word: draining, starting, no release, degraded or ok."""

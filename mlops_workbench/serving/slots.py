@@ -10,11 +10,13 @@ import time
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ..core.assignment import choose_arm
 from ..core.clock import iso, now
 from ..core.errors import WorkbenchError
+from ..core.features import private_columns
 from ..core.pointer import Pointer, SlotEntry, read_pointer
 from .models import LoadedModel, load_model
 
@@ -77,6 +79,11 @@ class Arms:
     def champion(self) -> LoadedModel:
         """The release that answers unless the split says otherwise."""
         return self.models[CHAMPION]
+
+    @cached_property
+    def private(self) -> Mapping[str, str]:
+        """The columns that none of these releases may leave in the log as they come."""
+        return private_columns(model.schema for model in self.models.values())
 
     def divide(self, entities: Sequence[str]) -> dict[str, list[int]]:
         """The places of the rows by the slot that answers them: the same entity always by the same one."""
