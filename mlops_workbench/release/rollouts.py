@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..core.bundle import verify_bundle
+from ..core.bundle import read_manifest, verify_bundle
 from ..core.clock import iso, now
 from ..core.errors import ConflictError, GateRefusedError, UsageError
 from ..core.leases import Lease
@@ -25,8 +25,8 @@ from .approvals import check_four_eyes
 from .deployment import CHAMPION, data_slot, write_projection
 
 # %% auto #0
-__all__ = ['record_file', 'record_link', 'start_rollout', 'the_rollout', 'advance_rollout', 'pause_rollout', 'resume_rollout',
-           'abort_rollout', 'promote_rollout']
+__all__ = ['record_file', 'record_link', 'start_rollout', 'check_comparable', 'the_rollout', 'advance_rollout', 'pause_rollout',
+           'resume_rollout', 'abort_rollout', 'promote_rollout']
 
 # %% ../../nbs/release/17_rollouts.ipynb #dd286846
 def record_file(
@@ -113,6 +113,7 @@ def start_rollout(
             f"expected another release than the champion, found {release.name}, which serves"
         )
     verify_bundle(Path(release.path), release.digest)
+    check_comparable(ledger, release.digest, slot.digest)
     numbers = [int(row.name.rpartition("-")[2]) for row in ledger.rollouts()]
     name, moment = f"rollout-{max(numbers, default=0) + 1}", iso(now())
     champion = ledger.release(slot.digest).name
@@ -128,6 +129,16 @@ def start_rollout(
             }
         )  # fmt: skip
     return the_rollout(ledger)
+
+
+def check_comparable(ledger: Ledger, *digests: str) -> None:
+    """ConflictError when one of the releases is an imported model, whose answers are no probabilities."""
+    for release in map(ledger.release, digests):
+        if read_manifest(Path(release.path)).kind != "onnx":
+            raise ConflictError(
+                f"expected two releases of a recipe to compare, found {release.name}, an imported MLflow model, which answers all "
+                "traffic or none; let the new release take over at once: mwb run deploy -p deploy.release=NAME -p deploy.force=true"
+            )
 
 
 def _steps_words(shares: tuple[float, ...]) -> str:

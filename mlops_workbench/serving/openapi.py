@@ -105,6 +105,7 @@ REFUSALS = {
     415: "the body is of another type",
     422: "the body does not fit; field and row say where",
     429: "too many large requests wait already, or too many bad tokens came from this address; Retry-After says when to come again",
+    501: "an imported MLflow model serves, which answers at /predict and /invocations alone",
     503: "there is no release to answer with, or the prediction log cannot be written",
 }
 
@@ -114,6 +115,8 @@ def refusals(path: str, route: Route) -> list[int]:
     found = [405, 503]
     if not route.is_open:
         found += [401, 403, 429]
+    if "{" in path or path == "/feedback":
+        found.append(501)
     if "{" in path:
         found.append(404)
     if route.method == "POST":
