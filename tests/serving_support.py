@@ -151,6 +151,11 @@ def herd_model() -> bytes:
     return with_nodes(mean, none, added, constants={"zero": np.array(0, dtype=np.float32)})
 
 
+def doubled_model() -> bytes:
+    """A model whose probabilities sum to two."""
+    return with_nodes(helper.make_node("Add", ["plain", "plain"], ["probabilities"]), constants={})
+
+
 def picture_model(size: int = 16, shape: tuple[int, ...] = (1, 4, 4)) -> bytes:
     """Ten classes of small pictures by one matrix, as ONNX bytes."""
     weights = np.random.default_rng(0).normal(size=(size, 10)).astype(np.float32)
@@ -378,7 +383,7 @@ class Load:
         """Begin to ask."""
         self.running.set()
         for number in range(clients):
-            thread = threading.Thread(target=self._ask, args=(number,))
+            thread = threading.Thread(target=self._ask, args=(number,), daemon=True)
             thread.start()
             self.threads.append(thread)
         return self
