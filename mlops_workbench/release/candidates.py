@@ -89,7 +89,7 @@ def make_candidates(exported: Path, folder: Path) -> list[Candidate]:
     ]
     gpu = (CUDA, CPU)
     if CUDA not in offered:
-        reason = f"this machine's onnxruntime offers no {CUDA}; onnxruntime-gpu on a host with a GPU does"
+        reason = f"no {CUDA} in this onnxruntime"
         return [*found, Candidate("16 bits on the GPU", None, gpu, reason)]
     return [
         *found,

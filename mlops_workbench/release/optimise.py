@@ -56,7 +56,7 @@ def judge_form(trial: Trial, exported: Trial, margin: float) -> str:
     if not math.isfinite(trial.quality):
         return "its answers are no probabilities"
     if trial.alone > NEIGHBOURS:
-        return f"a row's answer depends on its neighbours (by {trial.alone:.1g})"
+        return f"answers depend on batch neighbours (by {trial.alone:.1g})"
     if trial.lost > margin:
         return f"it loses {trial.lost:.2g}, at most {margin:g} is allowed"
     share = trial.time_against(exported)
@@ -177,7 +177,7 @@ def _trial(
         figures["alone"],
     )
 
-# %% ../../nbs/release/05_optimise.ipynb #241ee2c9
+# %% ../../nbs/release/05_optimise.ipynb #f063a4ec
 def choose(gate: GateSettings, candidates: list[Candidate], trials: list[Trial]) -> Optimisation:
     """Keep the fastest form that may be kept, and say of each why not."""
     exported = trials[0]

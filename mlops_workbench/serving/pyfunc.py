@@ -5,13 +5,11 @@
 # %% ../../nbs/serving/22_pyfunc.ipynb #1b3de44c
 from __future__ import annotations
 
-import contextlib
 import logging
 import socket
 import subprocess
 import sys
 import threading
-import time
 
 from pathlib import Path
 

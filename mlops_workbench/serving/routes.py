@@ -184,7 +184,9 @@ async def live(app: PredictionApp, request: Request) -> Answer:
 # %% ../../nbs/serving/14_routes.ipynb #4be08cd3
 async def openapi(app: PredictionApp, request: Request) -> Answer:
     """GET /openapi.json: this server's OpenAPI document."""
-    return json_answer(openapi_document(app.routes.routes))
+    arms = app.service.slots.arms
+    imported = arms is not None and arms.imported is not None
+    return json_answer(openapi_document(app.routes.routes, imported))
 
 # %% ../../nbs/serving/14_routes.ipynb #e8efaccc
 ROUTES: dict[str, Route] = {
