@@ -177,7 +177,7 @@ def _trial(
         figures["alone"],
     )
 
-# %% ../../nbs/release/05_optimise.ipynb #f063a4ec
+# %% ../../nbs/release/05_optimise.ipynb #a181a4a6
 def choose(gate: GateSettings, candidates: list[Candidate], trials: list[Trial]) -> Optimisation:
     """Keep the fastest form that may be kept, and say of each why not."""
     exported = trials[0]
