@@ -23,6 +23,9 @@ from serving_support import (
     RunningServer,
     build_bundle,
     can_mount,
+    doubled_model,
+    endless_model,
+    herd_model,
     late_model,
     logged,
     make_workspace,
@@ -473,6 +476,12 @@ def change_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def replace_model(folder: Path, make: Callable[[Path], None]) -> None:
+    """Put something else where the model stood."""
+    (folder / "model.onnx").unlink()
+    make(folder / "model.onnx")
+
+
 BREAKERS: list[tuple[str, Callable[[Path], None]]] = [
     ("bit flip", break_bit),
     ("truncated model", lambda folder: os.truncate(folder / "model.onnx", 200)),
@@ -484,6 +493,8 @@ BREAKERS: list[tuple[str, Callable[[Path], None]]] = [
     ("extra file", add_file),
     ("link", make_link),
     ("changed schema", lambda folder: (folder / "features.json").write_text("{}")),
+    ("model is a folder", lambda folder: replace_model(folder, os.mkdir)),
+    ("model is a pipe without end", lambda folder: replace_model(folder, os.mkfifo)),
     ("gone", shutil.rmtree),
 ]
 
@@ -500,11 +511,15 @@ def well_hashed_but_broken(root: Path) -> list[tuple[str, Path]]:
         ("empty model", build_bundle(root, name="empty", model=b"")),
         ("other inputs", build_bundle(root, name="inputs", schema=wider)),
         ("other classes", build_bundle(root, name="classes", schema=more_classes)),
+        ("sums to two", build_bundle(root, name="sums", model=doubled_model())),
+        ("hangs", build_bundle(root, name="endless", model=endless_model())),
+        ("mixes its rows", build_bundle(root, name="herd", model=herd_model())),
     ]
 
 
 def test_a_broken_release_never_answers(tmp_path: Path) -> None:
-    workspace = make_workspace(tmp_path / "w")
+    """More than twenty kinds of it, one after the other, under load: no request fails."""
+    workspace = make_workspace(tmp_path / "w", open_seconds=1)
     good = build_bundle(workspace.bundles, name="flights-good")
     broken: list[tuple[str, Path]] = []
     for number, (what, breaker) in enumerate(BREAKERS):
@@ -512,6 +527,7 @@ def test_a_broken_release_never_answers(tmp_path: Path) -> None:
         breaker(folder)
         broken.append((what, folder))
     broken += well_hashed_but_broken(workspace.bundles)
+    assert len(broken) >= 20
     point_at(workspace.pointer_path, good, epoch=1)
     with serving(tmp_path, "--workspace", str(workspace.root)) as server:
         server.wait_ready()

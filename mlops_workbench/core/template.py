@@ -52,6 +52,8 @@ lease_seconds = 30                    ; a runner that dies frees the workspace a
 [release]
 parity_tolerance = 1e-4               ; largest difference between the torch and the exported model
 latency_requests = 300                ; requests that the latency gate measures
+load_seconds = 1.0                    ; and so long it is asked as fast as it answers, for the figures in the bundle
+load_connections = 16                 ; by so many clients at once
 confidence = 0.95                     ; of the intervals that the gates print
 
 [rollout]
@@ -83,6 +85,9 @@ full_disk = refuse                    ; no room for the log: refuse (503), or co
 large_row_bytes = 0                   ; of rows with more bytes only a share is logged with its inputs; 0: all are
 large_row_share = 0.1                 ; that share; each record says it, so that figures can be weighed
 workers = 1                           ; processes that answer at the one port; as many as cores
+optimise = auto                       ; a release is made faster where its quality allows; off: it serves as exported
+open_seconds = 60                     ; a release that takes longer to load never receives traffic
+pyfunc_seconds = 10                   ; an answer of another MLflow model that takes longer is given up: 503
 """
 
 # %% ../../nbs/core/16_template.ipynb #cbdd0d1e
@@ -132,6 +137,7 @@ champion_margin = 0.01                ; and so is one that is worse than the cha
 latency_p99_ms = 100                  ; slowest of 100 replies, measured through the real server
 slice_margin = 0.2                    ; no slice (an airport, an airline) may be worse than the whole by more
 minimum_slice_rows = 200              ; smaller slices are not judged
+optimise_margin = 0.001               ; a faster form of the model may lose so much of the metric
 
 [gates.digits]
 metric = accuracy                     ; share of pictures that are read rightly
@@ -237,6 +243,7 @@ champion_margin = 0.01                ; a release that is worse than the champio
 latency_p99_ms = 100                  ; slowest of 100 replies, measured through the real server
 slice_margin = 0.2                    ; no slice may be worse than the whole by more than this
 minimum_slice_rows = 200              ; smaller slices are not judged
+optimise_margin = 0.001               ; a faster form of the model may lose so much of the metric
 """
 
 # %% ../../nbs/core/16_template.ipynb #e6b37caa

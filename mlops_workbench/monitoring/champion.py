@@ -96,7 +96,7 @@ def _features(pointer: Pointer, folder: Path, manifest: BundleManifest) -> Featu
 
 # %% ../../nbs/monitoring/09_champion.ipynb #b9ce14ce
 def read_champion(workspace: Workspace) -> Champion | None:
-    """The release that serves; None before the first deployment.
+    """The release that serves; None before the first deployment, and while an imported model serves, which nothing is known of.
 
     BundleError or IntegrityError when its bundle cannot be trusted.
     """
@@ -111,6 +111,8 @@ def read_champion(workspace: Workspace) -> Champion | None:
             f"expected release {entry.digest} in {folder}, found {manifest.digest}; "
             "deploy again or go back to another release"
         )
+    if manifest.kind != "onnx":
+        return None
     return Champion(
         digest=entry.digest,
         name=entry.name,

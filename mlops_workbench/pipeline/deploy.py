@@ -75,6 +75,11 @@ def begin_rollout(stage: Stage, wanted: str) -> Outcome | None:
     steps = stage.workspace.settings.rollout.shares
     if not steps or slot is None or slot.digest == release.digest:
         return None
+    kinds = {
+        read_manifest(Path(ledger.release(d).path)).kind for d in (slot.digest, release.digest)
+    }
+    if kinds != {"onnx"}:
+        return None  # an imported model answers all traffic or none
     by = decided_by(stage)
     rollout = start_rollout(
         stage.workspace, wanted, actor=by["actor"], record_path=by.get("record_path")

@@ -24,6 +24,7 @@ from mlops_workbench.core.errors import (
 from ..core.files import file_lock
 from ..core.ledger import DecisionRow, Ledger, SlotRow
 from ..core.pointer import Pointer, SlotEntry, read_pointer, write_pointer
+from ..core.trust import check_trust
 from ..core.workspace import Workspace
 from ..data.defaults import data_slot, record_default
 from .approvals import check_four_eyes
@@ -201,6 +202,7 @@ def deploy(
             f"with `mwb release show {release.name}`, or deploy it all the same: mwb run deploy -p deploy.force=true"
         )
     manifest = verify_bundle(Path(release.path), release.digest)
+    check_trust(ledger, manifest)
     slot = ledger.slot(CHAMPION)
     if slot is not None and slot.digest == release.digest:
         write_projection(workspace, ledger)

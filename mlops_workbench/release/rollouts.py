@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..core.bundle import verify_bundle
+from ..core.bundle import read_manifest, verify_bundle
 from ..core.clock import iso, now
 from ..core.errors import ConflictError, GateRefusedError, UsageError
 from ..core.leases import Lease
@@ -25,8 +25,8 @@ from ..data.defaults import data_slot, record_default
 from .deployment import CHAMPION, record_link, write_projection
 
 # %% auto #0
-__all__ = ['record_file', 'start_rollout', 'the_rollout', 'advance_rollout', 'pause_rollout', 'resume_rollout', 'abort_rollout',
-           'promote_rollout']
+__all__ = ['record_file', 'start_rollout', 'check_comparable', 'the_rollout', 'advance_rollout', 'pause_rollout',
+           'resume_rollout', 'abort_rollout', 'promote_rollout']
 
 # %% ../../nbs/release/17_rollouts.ipynb #dd286846
 def record_file(
@@ -104,6 +104,7 @@ def start_rollout(
             f"expected another release than the champion, found {release.name}, which serves"
         )
     verify_bundle(Path(release.path), release.digest)
+    check_comparable(ledger, release.digest, slot.digest)
     numbers = [int(row.name.rpartition("-")[2]) for row in ledger.rollouts()]
     name, moment = f"rollout-{max(numbers, default=0) + 1}", iso(now())
     champion = ledger.release(slot.digest).name
@@ -119,6 +120,16 @@ def start_rollout(
             }
         )  # fmt: skip
     return the_rollout(ledger)
+
+
+def check_comparable(ledger: Ledger, *digests: str) -> None:
+    """ConflictError when one of the releases is an imported model, whose answers are no probabilities."""
+    for release in map(ledger.release, digests):
+        if read_manifest(Path(release.path)).kind != "onnx":
+            raise ConflictError(
+                f"expected two releases of a recipe to compare, found {release.name}, an imported MLflow model, which answers all "
+                "traffic or none; let the new release take over at once: mwb run deploy -p deploy.release=NAME -p deploy.force=true"
+            )
 
 
 def _steps_words(shares: tuple[float, ...]) -> str:

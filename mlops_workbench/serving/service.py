@@ -13,6 +13,7 @@ import threading
 import time
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .log_form import LogForm, without_values
 from .metrics import ServerMetrics
 from .models import LoadedModel
 from .prediction_log import PredictionLog, recover_segments
+from .pyfunc import load_release
 from .recollection import Recollection
 from mlops_workbench.serving.records import (
     Asked,
@@ -80,11 +82,13 @@ class PredictionService:
         predictions: Path,
         settings: ServingSettings,
         place: WorkerPlace | None = None,  # among several workers; None alone
+        root: Path | None = None,  # of the workspace, which may trust an imported model
     ) -> None:
         self.predictions = predictions
         self.place = place
         self.shadow = ShadowCopy(predictions, settings)
-        self.slots = ModelSlots(pointer_path, shadow=self.shadow.follow)
+        load = partial(load_release, settings=settings, root=root)
+        self.slots = ModelSlots(pointer_path, load=load, shadow=self.shadow.follow)
         self.log = PredictionLog(
             predictions,
             sync_interval_ms=settings.sync_interval_ms,
@@ -141,13 +145,24 @@ class PredictionService:
         self.shadow.close()
         self.log.close()
 
-    def arms(self) -> Arms:
-        """What serves; RequestError 503 before there is a release."""
+    def serving(self) -> Arms:
+        """What serves, of whatever kind; RequestError 503 before there is a release."""
         arms = self.slots.arms
         if arms is None:
             problem = self.slots.status().problem
             why = "deploy one, or wait for it to load" if problem is None else problem.reason
             raise RequestError(503, f"expected a release to answer with, found none; {why}")
+        return arms
+
+    def arms(self) -> Arms:
+        """The releases of a recipe that serve; RequestError 503 before there are any, 501 while an imported model serves."""
+        arms = self.serving()
+        if arms.imported is not None:
+            raise RequestError(
+                501,
+                f"expected a release of a recipe, found {arms.imported.manifest.name}, an imported MLflow model: it answers at "
+                "/predict and /invocations alone",
+            )
         return arms
 
     def champion(self) -> LoadedModel:
@@ -267,9 +282,11 @@ class PredictionService:
 
     def health(self) -> str:
         """One word: draining, starting, no release, degraded or ok."""
-        status = self.slots.status()
+        status, arms = self.slots.status(), self.slots.arms
         if self.draining:
             return "draining"
         if not status.digest:
             return "starting" if status.problem is None else "no release"
+        if arms is not None and arms.imported is not None and arms.imported.problem:
+            return "degraded"
         return "degraded" if status.problem is not None or self.log.last_failure else "ok"
