@@ -24,7 +24,7 @@ from mlops_workbench.pipeline.control import OPEN_ROUTES, create_control, needed
 from mlops_workbench.release.approvals import approve_release
 from mlops_workbench.release.deployment import deploy
 from mlops_workbench.release.rollout_judge import Move, seen_by_two
-from mlops_workbench.release.rollouts import start_rollout
+from mlops_workbench.release.rollouts import promote_rollout, start_rollout
 
 
 @contextmanager
@@ -242,6 +242,12 @@ def test_the_loop_waits_for_a_person_and_calls_once(tmp_path: Path) -> None:
     assert len(asked) == 1
     approve_release(workspace, new, actor="ann", reason="fine")
     assert seen_by_two(workspace, ledger, rollout, better, "controller 1") == better
+    model = Path(release.path) / "model.onnx"
+    content = model.read_bytes()
+    model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # swapped after the approval
+    with pytest.raises(IntegrityError):
+        promote_rollout(workspace, rollout, actor="controller 1", reason="better")
+    assert split(workspace) == {"champion": 0.5, "challenger": 0.5}
     assert ledger.release(release.digest).status == "approved"
 
 
