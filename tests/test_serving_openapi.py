@@ -76,8 +76,11 @@ def narrowed(document: dict[str, Any]) -> dict[str, Any]:
             for parameter in operation["parameters"]:
                 if parameter["in"] == "path":
                     parameter["schema"]["enum"] = known[parameter["name"]]
-    kinds = {"number": {"type": "number"}, "category": {"type": "string"}}
-    columns = {feature.name: kinds[feature.kind] for feature in SCHEMA.features}
+    kinds = {"number": "number", "category": "string"}
+    columns = {
+        feature.name: {"type": [kinds[feature.kind], *["null"] * feature.nullable]}
+        for feature in SCHEMA.features
+    }
     row = {
         "type": "object",
         "properties": columns,
