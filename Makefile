@@ -8,7 +8,7 @@ export MLFLOW_DISABLE_TELEMETRY = true
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system demo test check lab up stage app lock clean benchmarks slow-tests faults
+.PHONY: help setup system demo test check lab up stage app lock clean benchmarks slow-tests faults statistics
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ slow-tests: setup ## the long suites
 
 faults: setup ## kill, stop and starve all that takes part in a rollout, and the prediction log, under load
 	$(BIN)/python -m pytest tests/test_rollout_faults.py tests/test_log_faults.py -m slow -s --override-ini 'addopts=-q --strict-markers'
+
+statistics: setup ## what rollouts claim about chance, by simulation: false words, coverage, power (about ten minutes)
+	$(BIN)/python -m pytest tests/test_release_statistics.py tests/test_release_paired.py tests/test_release_oracle.py -s --override-ini 'addopts=-q --strict-markers'
 
 benchmarks: setup ## print the tables of speed and memory
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

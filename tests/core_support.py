@@ -34,8 +34,8 @@ NO_POSTGRESQL = (
 )
 
 
-def race(work: Callable[[int], Any], processes: int = 8) -> list[Any]:
-    """Run `work(number)` in so many processes that start at the same moment; their results."""
+def race(work: Callable[[int], Any], processes: int = 8, seconds: float = 60) -> list[Any]:
+    """Run `work(number)` in so many processes that start at the same moment and have so long; their results."""
     barrier = FORK.Barrier(processes)
     results = FORK.Queue()
 
@@ -49,7 +49,7 @@ def race(work: Callable[[int], Any], processes: int = 8) -> list[Any]:
     children = [FORK.Process(target=run, args=(number,)) for number in range(processes)]
     for child in children:
         child.start()
-    answers = dict(results.get(timeout=60) for _ in children)
+    answers = dict(results.get(timeout=seconds) for _ in children)
     for child in children:
         child.join(30)
     return [answers[number] for number in range(processes)]

@@ -3,10 +3,10 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from serving_support import build_bundle
 
-from mlops_workbench.core.bundle import read_manifest
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace, create_workspace
 from mlops_workbench.release.deployment import deploy, record_release
@@ -28,11 +28,17 @@ def release_pair(
     workspace = Workspace.open(workspace.root)
     names = []
     for number, moved in enumerate((0.0, bias), start=1):
-        bundle = build_bundle(workspace.bundles, name=f"flights-r{number}", bias=moved)
-        record_release(workspace, bundle, PASSED, actor="test", cycle="cycle-0001", record_path="")
-        names.append(read_manifest(bundle).name)
+        names.append(f"flights-r{number}")
+        add_release(workspace, names[-1], bias=moved)
     deploy(workspace, names[0], actor="test")
     return workspace, names[0], names[1]
+
+
+def add_release(workspace: Workspace, name: str, bias: float = 0.9, **contents: Any) -> Path:
+    """Put one more release on record that passed its gates; the folder of its bundle."""
+    bundle = build_bundle(workspace.bundles, name=name, bias=bias, **contents)
+    record_release(workspace, bundle, PASSED, actor="test", cycle="cycle-0001", record_path="")
+    return bundle
 
 
 def replace_setting(text: str, name: str, value: object) -> str:
@@ -46,7 +52,7 @@ def replace_setting(text: str, name: str, value: object) -> str:
 
 def decisions(workspace: Workspace) -> list[str]:
     """The verdicts of the rollout decisions, oldest first."""
-    found = Ledger(workspace.ledger_url).decisions(limit=1000, kind="rollout")
+    found = Ledger(workspace.ledger_url).decisions(limit=100_000, kind="rollout")
     return [each.verdict for each in reversed(found)]
 
 

@@ -183,6 +183,7 @@ def build_bundle(
     model: bytes | None = None,
     schema: FeatureSchema = SCHEMA,
     inputs: tuple[str, ...] = ("numbers", "categories"),
+    data_version: str = "flights@v1.0",
 ) -> Path:
     """Write a complete bundle to root/<digest> and return its folder."""
     draft = root / f"draft-{name}-{os.urandom(4).hex()}"
@@ -199,7 +200,7 @@ def build_bundle(
         name=name,
         recipe="flights",
         created_at="2013-04-01T00:00:00+00:00",
-        data_version="flights@v1.0",
+        data_version=data_version,
         data_digest="0" * 64,
         code_commit="0" * 40,
         dirty_hash="",
@@ -347,6 +348,16 @@ def serving(
     finally:
         if server.process.poll() is None:
             server.kill()
+
+
+@contextmanager
+def serving_bundle(folder: Path, bundle: Path) -> Iterator[RunningServer]:
+    """A ready server of one release for the length of a block, its log in folder/predictions."""
+    with serving(
+        folder, "--bundle", str(bundle), "--predictions", str(folder / "predictions")
+    ) as server:
+        server.wait_ready()
+        yield server
 
 
 def logged(predictions: Path, kind: str = "prediction") -> list[dict[str, Any]]:

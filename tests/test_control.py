@@ -23,8 +23,8 @@ from mlops_workbench.core.workspace import Workspace
 from mlops_workbench.pipeline.control import OPEN_ROUTES, create_control, needed_role
 from mlops_workbench.release.approvals import approve_release
 from mlops_workbench.release.deployment import deploy
-from mlops_workbench.release.rollout_judge import Move, _seen_by_two
-from mlops_workbench.release.rollouts import start_rollout
+from mlops_workbench.release.rollout_judge import Move, seen_by_two
+from mlops_workbench.release.rollouts import promote_rollout, start_rollout
 
 
 @contextmanager
@@ -236,12 +236,18 @@ def test_the_loop_waits_for_a_person_and_calls_once(tmp_path: Path) -> None:
     rollout = start_rollout(workspace, new, actor="loop", shares=(0.5,))
     better = Move("promote", "better: accuracy +0.03")
     for _ in range(2):
-        move = _seen_by_two(workspace, ledger, rollout, better, "controller 1")
+        move = seen_by_two(workspace, ledger, rollout, better, "controller 1")
         assert move.kind == "wait" and f"mwb release approve {new}" in move.reason
     asked = [m for m in ledger.messages() if "second person" in m.title]
     assert len(asked) == 1
     approve_release(workspace, new, actor="ann", reason="fine")
-    assert _seen_by_two(workspace, ledger, rollout, better, "controller 1") == better
+    assert seen_by_two(workspace, ledger, rollout, better, "controller 1") == better
+    model = Path(release.path) / "model.onnx"
+    content = model.read_bytes()
+    model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # swapped after the approval
+    with pytest.raises(IntegrityError):
+        promote_rollout(workspace, rollout, actor="controller 1", reason="better")
+    assert split(workspace) == {"champion": 0.5, "challenger": 0.5}
     assert ledger.release(release.digest).status == "approved"
 
 

@@ -114,6 +114,17 @@ def test_eight_processes_open_a_new_ledger_at_once(url: str) -> None:
     assert report.ok and report.records == 8, report
 
 
+@pytest.mark.skipif(bool(NO_POSTGRESQL), reason=NO_POSTGRESQL or "present")
+def test_however_many_ledgers_are_opened_the_database_has_few_connections(server: str) -> None:
+    """A controller opens some at each look, for months; PostgreSQL takes a hundred connections."""
+    url = server.format(database="postgres")
+    kept = [Ledger(url) for _ in range(120)]
+    assert {ledger.slot("champion") for ledger in kept} == {None}
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'postgres'"
+    with transaction(kept[0]._engine) as connection:
+        assert int(connection.scalar(sqlalchemy.text(query)) or 0) <= 3
+
+
 def test_one_of_eight_wins_each_epoch_of_a_slot(url: str) -> None:
     rounds = 10
     ledger = Ledger(url)

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 from core_support import race
-from rollout_support import decisions, release_pair, split
+from rollout_support import add_release, decisions, release_pair, split
 from serving_support import (
     CARRIERS,
     ORIGINS,
     ROW,
     RunningServer,
-    build_bundle,
     late_model,
     logged,
     serving,
@@ -28,7 +27,7 @@ from mlops_workbench.cli.main import main
 from mlops_workbench.core.errors import ConflictError, IntegrityError
 from mlops_workbench.core.ledger import Ledger, RolloutRow
 from mlops_workbench.core.workspace import Workspace
-from mlops_workbench.release.deployment import deploy, record_release, rollback
+from mlops_workbench.release.deployment import deploy, rollback
 from mlops_workbench.release.rollout_evidence import read_evidence
 from mlops_workbench.release.rollout_judge import tend_rollout
 from mlops_workbench.release.rollouts import advance_rollout, start_rollout, the_rollout
@@ -211,14 +210,8 @@ def test_everybody_stays_with_one_release_through_a_restart(tmp_path: Path) -> N
 @pytest.mark.parametrize("fault", ["no number", "damaged"])
 def test_a_broken_release_never_receives_traffic(tmp_path: Path, fault: str) -> None:
     workspace, old, new = release_pair(tmp_path / "w", **QUICK)
-    bundle = build_bundle(
-        workspace.bundles,
-        name="flights-r9",
-        model=late_model(nan=True) if fault == "no number" else None,
-        bias=0.7,
-    )
-    passed = {"passed": True, "reason": "all gates passed", "results": []}
-    record_release(workspace, bundle, passed, actor="test", cycle="c", record_path="")
+    model = late_model(nan=True) if fault == "no number" else None
+    bundle = add_release(workspace, "flights-r9", model=model)
     if fault == "damaged":
         (bundle / "model.onnx").write_bytes(b"damaged")
         with pytest.raises(IntegrityError):
@@ -257,9 +250,7 @@ def test_eight_controllers_make_one_decision(tmp_path: Path) -> None:
 
 def test_a_deployment_beside_a_rollout_is_refused_and_a_rollback_ends_it(tmp_path: Path) -> None:
     workspace, old, new = release_pair(tmp_path / "w", **QUICK)
-    third = build_bundle(workspace.bundles, name="flights-r3", bias=0.9)
-    passed = {"passed": True, "reason": "all gates passed", "results": []}
-    record_release(workspace, third, passed, actor="test", cycle="c", record_path="")
+    add_release(workspace, "flights-r3")
     deploy(workspace, new, actor="test")
     start_rollout(workspace, "flights-r3", actor="test", shares=(0.1,))
     with pytest.raises(ConflictError, match="mwb release promote, or mwb release abort"):

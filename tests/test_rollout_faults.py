@@ -4,9 +4,11 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -93,9 +95,12 @@ def check_records(workspace: Workspace) -> None:
 
 
 @contextmanager
-def under_load(workspace: Workspace, clients: int = 2) -> Iterator[tuple[RunningServer, Load]]:
+def under_load(
+    workspace: Workspace, clients: int = 2, environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[RunningServer, Load]]:
     """A server, and clients that ask without a pause."""
-    server = start_server(workspace.root.parent, "--workspace", str(workspace.root))
+    here = ("--workspace", str(workspace.root))
+    server = start_server(workspace.root.parent, *here, environment=environment)
     server.wait_ready()
     load = Load(server.port).start(clients)
     try:
@@ -216,6 +221,120 @@ def test_a_clock_an_hour_ahead_gives_no_second_decision(
             rollouts.promote_rollout(workspace, rollout, actor="first", reason="late", fence=first)
     assert decisions(workspace) == ["started", "advanced"]
     check_records(workspace)
+
+
+LIBFAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+CONTROLLER = """
+import select, sys
+from pathlib import Path
+from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.pipeline.loop import tend
+workspace = Workspace.open(Path(sys.argv[1]))
+while True:
+    print(tend(workspace, lambda text: None) or "nobody", flush=True)
+    select.select([], [], [], 0.1)  # time.sleep does not work under libfaketime 0.9.10
+"""
+GONE = """
+import os, signal, sys
+from pathlib import Path
+from mlops_workbench.core.errors import ConflictError
+from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.release.rollout_judge import LEASE
+ledger = Ledger(Workspace.open(Path(sys.argv[1])).ledger_url)
+while True:
+    try:
+        ledger.acquire_lease(LEASE, "gone", 60)
+        os.kill(os.getpid(), signal.SIGKILL)
+    except ConflictError:
+        continue  # the controller had it just then
+"""
+
+
+@pytest.mark.skipif(LIBFAKETIME is None, reason="libfaketime is not installed")
+def test_the_clock_of_everybody_jumps_an_hour_ahead_and_back(tmp_path: Path) -> None:
+    """Server and controller live on (faketime): no request fails, nothing is decided blind, and a lease of the wrong hour is not waited for."""
+    workspace, _, new = release_pair(tmp_path / "w", minimum_minutes=30, minimum_rows=20)
+    rollouts.start_rollout(workspace, new, actor="test", shares=(0.1, 0.5), reason="a drill")
+    offset, said = tmp_path / "offset", tmp_path / "controller.log"
+    environment = {
+        "LD_PRELOAD": str(LIBFAKETIME),
+        "FAKETIME_TIMESTAMP_FILE": str(offset),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "NO_FAKE_STAT": "1",
+    }
+
+    def process(code: str, output: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", code, str(workspace.root)]
+        with output.open("ab") as stream:
+            return subprocess.Popen(
+                command, stdout=stream, stderr=stream, env={**os.environ, **environment}
+            )
+
+    def jump(seconds: str) -> None:
+        offset.write_text(seconds)
+        looks = len(said.read_text().split()) if said.exists() else 0
+        wait_until(lambda: said.read_text().split()[looks:].count("wait") >= 5, 30, "five looks")
+
+    offset.write_text("+0")
+    with under_load(workspace, environment=environment) as (server, load):
+        controller = process(CONTROLLER, said)
+        jump("+0")
+        jump("+3600")
+        assert process(GONE, tmp_path / "gone.log").wait(60) == -signal.SIGKILL
+        wait_until(lambda: said.read_text().endswith("nobody\n"), 10, "the lease of the dead one")
+        jump("+0")
+        assert controller.poll() is None and server.process.poll() is None
+        controller.kill()
+        controller.wait()
+        going = rollouts.the_rollout(Ledger(workspace.ledger_url))
+        rollouts.advance_rollout(workspace, going, **BY)
+        health = server.client()
+        wait_until(lambda: health.get("/health").body["arms"][1]["share"] == 0.5, 10, "the split")
+    assert not load.failures, load.failures[:3]
+    assert decisions(workspace) == ["started", "advanced"]
+    assert set(said.read_text().split()) == {"wait", "nobody"}, said.read_text()
+    records = logged(workspace.predictions)
+    ahead = {round((record["time"] - time.time()) / 3600) for record in records}
+    assert ahead == {0, 1}, "the log has both clocks"
+    told = Counter(each["id"] for _, _, body in load.answers for each in body["predictions"])
+    assert Counter(record["id"] for record in records) == told
+    check_records(workspace)
+
+
+@pytest.mark.skipif(bool(NO_POSTGRESQL), reason=NO_POSTGRESQL or "present")
+def test_a_database_killed_at_any_moment_leaves_no_half_move(tmp_path: Path) -> None:
+    """PostgreSQL dies 20 times in the middle of moves and comes back; the controller goes on, serving never stops."""
+    with postgresql_server() as address:
+        workspace, _, _ = release_pair(tmp_path / "w", ledger=address.format(database="postgres"))
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        child = context.Process(target=mover, args=(workspace.root, 1, theirs))
+        with under_load(workspace) as (server, load):
+            child.start()
+            assert ours.poll(60) and ours.recv() == "begun"
+            draw = random.Random(2)
+            for _ in range(20):
+                time.sleep(draw.uniform(0.1, 0.6))
+                with without_postgresql(address):
+                    time.sleep(draw.uniform(0, 0.3))
+            time.sleep(1)
+            assert child.is_alive()
+            child.kill()
+            child.join(30)
+            write_projection(workspace)
+            slot = Ledger(workspace.ledger_url).slot("champion")
+            assert slot is not None
+            health = server.client()
+            wait_until(lambda: health.get("/health").body["digest"] == slot.digest, 10, "it")
+        assert not load.failures, load.failures[:3]
+        made = Counter(decisions(workspace))
+        print(
+            "moves between 20 deaths of the database:", dict(made), "requests:", len(load.answers)
+        )
+        assert made.total() > 20
+        check_records(workspace)
 
 
 @pytest.mark.skipif(bool(NO_POSTGRESQL), reason=NO_POSTGRESQL or "present")

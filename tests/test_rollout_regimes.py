@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rollout_support import PASSED, release_pair, split
-from serving_support import build_bundle
+from rollout_support import add_release, release_pair, split
 from test_rollout import QUICK, Traffic, begin, serve
 from test_rollout_records import outputs
 
@@ -16,7 +15,7 @@ from mlops_workbench.cli.main import main
 from mlops_workbench.core.ledger import DecisionRow, Ledger
 from mlops_workbench.pipeline.loop import rehearse_due
 from mlops_workbench.pipeline.rollout_record import write_records
-from mlops_workbench.release.deployment import deploy, record_release, rollback_target
+from mlops_workbench.release.deployment import deploy, rollback_target
 from mlops_workbench.release.regime_watch import tend_regimes
 from mlops_workbench.release.regimes import (
     Regime,
@@ -24,6 +23,7 @@ from mlops_workbench.release.regimes import (
     switch,
     switch_back,
 )
+from mlops_workbench.release.rollouts import promote_rollout, start_rollout
 from mlops_workbench.serving.models import LoadedModel, load_model
 
 BY = {"actor": "test", "reason": "a test"}
@@ -106,8 +106,7 @@ def until_decided(look: Callable[[], DecisionRow | None], traffic: Traffic) -> D
 
 def test_a_rollout_waits_for_the_end_of_a_regime(tmp_path: Path) -> None:
     workspace, old, new = release_pair(tmp_path / "w", **QUICK)
-    third = build_bundle(workspace.bundles, name="flights-r3", bias=0.9)
-    record_release(workspace, third, PASSED, actor="test", cycle="c", record_path="")
+    add_release(workspace, "flights-r3")
     register_regime(workspace, Regime("storm", "flights-r3"), **BY)
     with serve(workspace) as server:
         traffic = Traffic(server, lambda row: "late")
@@ -149,11 +148,8 @@ def test_the_loop_rehearses_the_way_back_and_new_specials(
 
 def test_a_promoted_release_is_one_to_go_back_to(tmp_path: Path) -> None:
     """What a rollout put to work counts as a former champion, like what was deployed."""
-    from mlops_workbench.release.rollouts import promote_rollout, start_rollout
-
     workspace, old, new = release_pair(tmp_path / "w", **QUICK)
-    third = build_bundle(workspace.bundles, name="flights-r3", bias=0.9)
-    record_release(workspace, third, PASSED, actor="test", cycle="c", record_path="")
+    add_release(workspace, "flights-r3")
     rollout = start_rollout(workspace, new, actor="test", shares=(0.5,))
     promote_rollout(workspace, rollout, **BY)
     deploy(workspace, "flights-r3", actor="test")

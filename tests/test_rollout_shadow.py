@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rollout_support import decisions, release_pair, replace_setting, split
-from serving_support import build_bundle, late_model, logged, wait_until
+from rollout_support import add_release, decisions, release_pair, replace_setting, split
+from serving_support import RunningServer, late_model, logged, wait_until
 from test_rollout import QUICK, Traffic, begin, flight, in_force, mostly, serve
 
 from mlops_workbench.cli.main import main
@@ -29,18 +31,32 @@ def copies(workspace: Workspace) -> int:
     return len(logged(workspace.predictions, "shadow"))
 
 
+@contextmanager
+def copied(
+    folder: Path, truth: Callable[[dict[str, object]], str]
+) -> Iterator[tuple[Workspace, str, str, RunningServer, Traffic]]:
+    """A workspace, its old and its new release, a server whose copy answers, and traffic with such labels."""
+    workspace, old, new = release_pair(folder / "w", bias=1.5, **QUICK)
+    with serve(workspace) as server:
+        traffic = Traffic(server, truth)
+        begin(workspace, traffic, new, STEPS)
+        traffic.send(1)
+        wait_until(lambda: copies(workspace) > 0, 120, "the first answers of the copy")
+        yield workspace, old, new, server, traffic
+
+
+def copied_rows(workspace: Workspace, traffic: Traffic) -> None:
+    """Four hundred rows that both releases have answered."""
+    traffic.send(20)
+    wait_until(lambda: copies(workspace) >= 400, 30, "the answers of the copy")
+
+
 def test_a_copy_is_compared_and_never_answers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Shadow, then half, then everything: in shadow every caller hears the champion, and its figures do not know of the copy."""
-    workspace, old, new = release_pair(tmp_path / "w", bias=1.5, **QUICK)
-    with serve(workspace) as server:
-        traffic = Traffic(server, mostly("on time", 0.95))
-        begin(workspace, traffic, new, STEPS)
-        traffic.send(2)
-        wait_until(lambda: copies(workspace) > 0, 120, "the first answers of the copy")
-        traffic.send(20)
-        wait_until(lambda: copies(workspace) >= 400, 30, "the answers of the copy")
+    with copied(tmp_path, mostly("on time", 0.95)) as (workspace, old, _, _, traffic):
+        copied_rows(workspace, traffic)
         assert set().union(*traffic.slots.values()) == {"champion"}
         window = read_window(workspace.predictions, 0, time.time() + 1)
         assert len(window.predictions) == traffic.asked
@@ -66,14 +82,8 @@ def test_a_copy_is_compared_and_never_answers(
 
 
 def test_a_worse_copy_goes_back_before_anybody_heard_it(tmp_path: Path) -> None:
-    workspace, old, new = release_pair(tmp_path / "w", bias=1.5, **QUICK)
-    with serve(workspace) as server:
-        traffic = Traffic(server, mostly("late", 0.95))
-        begin(workspace, traffic, new, STEPS)
-        traffic.send(1)
-        wait_until(lambda: copies(workspace) > 0, 120, "the first answers of the copy")
-        traffic.send(20)
-        wait_until(lambda: copies(workspace) >= 400, 30, "the answers of the copy")
+    with copied(tmp_path, mostly("late", 0.95)) as (workspace, old, new, _, traffic):
+        copied_rows(workspace, traffic)
         looked = tend_rollout(workspace, actor="controller")
         assert looked is not None and looked[2].kind == "abort" and looked[2].bar
         assert looked[2].reason.startswith("worse: accuracy")
@@ -84,11 +94,7 @@ def test_a_worse_copy_goes_back_before_anybody_heard_it(tmp_path: Path) -> None:
 def test_a_copy_that_gives_no_numbers_goes_back(tmp_path: Path) -> None:
     """The model passes its warm-up and fails on real rows: each failed row counts; the callers notice nothing."""
     workspace, old, new = release_pair(tmp_path / "w", **QUICK)
-    nan = build_bundle(workspace.bundles, name="flights-r9", model=late_model(nan=True), bias=0.7)
-    from mlops_workbench.release.deployment import record_release
-
-    passed = {"passed": True, "reason": "all gates passed", "results": []}
-    record_release(workspace, nan, passed, actor="test", cycle="c", record_path="")
+    add_release(workspace, "flights-r9", model=late_model(nan=True))
     with serve(workspace) as server:
         traffic = Traffic(server, mostly("late", 0.5))
         begin(workspace, traffic, "flights-r9", STEPS)
@@ -102,12 +108,7 @@ def test_a_copy_that_gives_no_numbers_goes_back(tmp_path: Path) -> None:
 
 def test_the_champion_does_not_wait_for_a_copy_that_hangs_or_dies(tmp_path: Path) -> None:
     """The copy's process is stopped, then killed: all requests are answered, what was not copied is counted, a new process goes on."""
-    workspace, old, new = release_pair(tmp_path / "w", bias=1.5, **QUICK)
-    with serve(workspace) as server:
-        traffic = Traffic(server, mostly("late", 0.5))
-        begin(workspace, traffic, new, STEPS)
-        traffic.send(1)
-        wait_until(lambda: copies(workspace) > 0, 120, "the first answers of the copy")
+    with copied(tmp_path, mostly("late", 0.5)) as (workspace, _, _, server, traffic):
         pid = copy_process(server.process.pid)
         os.kill(pid, signal.SIGSTOP)
         client = server.client()

@@ -32,6 +32,7 @@ from serving_support import (
     picture_model,
     point_at,
     serving,
+    serving_bundle,
     start_server,
     wait_until,
 )
@@ -50,9 +51,7 @@ def bundle(tmp_path: Path) -> Path:
 @pytest.fixture
 def server(tmp_path: Path, bundle: Path) -> Iterator[RunningServer]:
     """A ready server of that release, its log in tmp_path/predictions."""
-    arguments = ("--bundle", str(bundle), "--predictions", str(tmp_path / "predictions"))
-    with serving(tmp_path, *arguments) as running:
-        running.wait_ready()
+    with serving_bundle(tmp_path, bundle) as running:
         yield running
 
 
@@ -121,9 +120,7 @@ def test_feedback_is_idempotent_also_after_a_restart(
     assert client.post("/feedback", other).body == mixed
     assert client.post("/feedback", {"feedback": [{"id": "a", "label": "no"}]}).status == 422
     server.kill()
-    arguments = ("--bundle", str(bundle), "--predictions", str(tmp_path / "predictions"))
-    with serving(tmp_path, *arguments) as next_server:
-        next_server.wait_ready()
+    with serving_bundle(tmp_path, bundle) as next_server:
         client = next_server.client()
         assert client.post("/feedback", other).body == {**again}
         changed_back = {"feedback": [{"id": "a", "label": "late"}]}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_support import ROW, RunningServer, build_bundle, logged, serving
+from serving_support import ROW, RunningServer, build_bundle, logged, serving_bundle
 
 REQUESTS = 2_000
 MARKER = "RAW"  # stands in the JSON for a token that json.dumps cannot write
@@ -213,10 +213,7 @@ def status_of(port: int, request: bytes, *, half_close: bool = False) -> int:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RunningServer]:
     """A ready server of a small release."""
-    bundle = build_bundle(tmp_path)
-    arguments = ("--bundle", str(bundle), "--predictions", str(tmp_path / "predictions"))
-    with serving(tmp_path, *arguments) as running:
-        running.wait_ready()
+    with serving_bundle(tmp_path, build_bundle(tmp_path)) as running:
         yield running
 
 

@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
-from serving_support import SCHEMA, RunningServer, build_bundle, logged, serving
+from serving_support import SCHEMA, RunningServer, build_bundle, logged, serving_bundle
 
 from mlops_workbench.serving.openapi import openapi_document
 from mlops_workbench.serving.routes import ROUTES
@@ -35,11 +35,9 @@ EXAMPLES = 40  # an operation and a way to ask
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A ready server of a small release, its log beside its port file."""
+    """A ready server of a small release."""
     folder = tmp_path_factory.mktemp("openapi")
-    bundle = build_bundle(folder)
-    with serving(folder, "--bundle", str(bundle), "--predictions", str(folder / "p")) as running:
-        running.wait_ready()
+    with serving_bundle(folder, build_bundle(folder)) as running:
         yield running
 
 
@@ -195,4 +193,4 @@ def schemathesis_session() -> Any:
 def test_the_server_is_well_after_all_that(server: RunningServer) -> None:
     assert server.process.poll() is None
     assert server.client().get("/health").body["status"] == "ok"
-    assert logged(server.log.parent / "p", "error")
+    assert logged(server.log.parent / "predictions", "error")

@@ -29,6 +29,7 @@ from serving_support import (
     picture_model,
     point_at,
     serving,
+    serving_bundle,
     wait_until,
 )
 
@@ -42,10 +43,7 @@ FEATURES = {feature.name: ROW[feature.name] for feature in SCHEMA.features}
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RunningServer]:
     """A ready server of a small release, its log in tmp_path/predictions."""
-    bundle = build_bundle(tmp_path / "bundles")
-    arguments = ("--bundle", str(bundle), "--predictions", str(tmp_path / "predictions"))
-    with serving(tmp_path, *arguments) as running:
-        running.wait_ready()
+    with serving_bundle(tmp_path, build_bundle(tmp_path / "bundles")) as running:
         yield running
 
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs what the tests need beside Python: a browser and fonts for the pages, Fashion-MNIST for the picture recipe,
-# PostgreSQL for the ledger, an SSH server and git-lfs for the data versions. Nothing of it is needed to use the workbench.
+# PostgreSQL for the ledger, a clock that can be moved (faketime) for rollouts, an SSH server and git-lfs for the data
+# versions. Nothing of it is needed to use the workbench.
 set -euo pipefail
-packages=(chromium fonts-dejavu-core dataset-fashion-mnist postgresql openssh-server git-lfs)
+packages=(chromium fonts-dejavu-core dataset-fashion-mnist postgresql faketime openssh-server git-lfs)
 missing=()
 for package in "${packages[@]}"; do
   dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")

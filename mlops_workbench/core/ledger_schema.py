@@ -9,6 +9,7 @@ __all__ = ['SCHEMA_VERSION', 'ROLLOUT_STATUSES', 'RELEASE_STATUSES', 'metadata',
 
 # %% ../../nbs/core/09_ledger_schema.ipynb #610250f4
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -233,19 +234,25 @@ def _begin(connection: Connection) -> None:
     writes = connection.get_execution_options().get("ledger_writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
+# %% ../../nbs/core/09_ledger_schema.ipynb #2160532a
+@functools.cache
+def _postgresql_engine(parsed: sqlalchemy.URL) -> Engine:
+    """The process's one engine for a database; a fork begins with an empty pool."""
+    try:
+        engine = sqlalchemy.create_engine(parsed, pool_pre_ping=True)
+    except ImportError as error:
+        raise LedgerError(
+            "expected the PostgreSQL driver, found none; pip install 'mlops-workbench[postgres]'"
+        ) from error
+    os.register_at_fork(after_in_child=lambda: engine.dispose(close=False))
+    return engine
+
 # %% ../../nbs/core/09_ledger_schema.ipynb #0c88454a
 def open_engine(url: str) -> Engine:
     """An engine for the ledger's database, its schema not yet looked at."""
     parsed = _parse_url(url)
     if sqlite_path(url) is None:
-        try:
-            engine = sqlalchemy.create_engine(parsed, pool_pre_ping=True)
-        except ImportError as error:
-            raise LedgerError(
-                "expected the PostgreSQL driver, found none; pip install 'mlops-workbench[postgres]'"
-            ) from error
-        os.register_at_fork(after_in_child=lambda: engine.dispose(close=False))
-        return engine
+        return _postgresql_engine(parsed)
     engine = sqlalchemy.create_engine(
         parsed,
         poolclass=sqlalchemy.pool.NullPool,

@@ -8,9 +8,12 @@ __all__ = ['person', 'gates_digest', 'approve_release', 'check_four_eyes', 'ask_
 # %% ../../nbs/release/19_approvals.ipynb #bcfd8969
 import hashlib
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ..core.bundle import verify_bundle
+from ..core.change import Change
 from ..core.errors import ConflictError, GateRefusedError
 from ..core.files import canonical_json
 from ..core.ledger import Ledger, ReleaseRow
@@ -28,6 +31,20 @@ def gates_digest(ledger: Ledger, release: ReleaseRow) -> str:
     return hashlib.sha256(canonical_json(found[0].evidence)).hexdigest() if found else ""
 
 
+def _decision(
+    ledger: Ledger,
+    release: ReleaseRow,
+    verdict: str,
+    evidence: Mapping[str, str],
+    actor: str,
+    reason: str,
+) -> AbstractContextManager[Change]:
+    """One decision on who has seen a release."""
+    return ledger.decision(
+        "approval", actor=actor, subject=release.name, verdict=verdict, reason=reason, evidence=evidence
+    )  # fmt: skip
+
+
 def approve_release(workspace: Workspace, name: str, *, actor: str, reason: str) -> str:
     """Say that somebody has looked at a release and its gates, and return its digest.
 
@@ -42,14 +59,7 @@ def approve_release(workspace: Workspace, name: str, *, actor: str, reason: str)
         )
     verify_bundle(Path(release.path), release.digest)
     evidence = {"digest": release.digest, "gates": gates_digest(ledger, release)}
-    with ledger.decision(
-        "approval",
-        actor=actor,
-        subject=release.name,
-        verdict="approved",
-        reason=reason,
-        evidence=evidence,
-    ):
+    with _decision(ledger, release, "approved", evidence, actor, reason):
         pass
     return release.digest
 
@@ -77,14 +87,7 @@ def ask_for_approval(ledger: Ledger, release: ReleaseRow, *, actor: str, reason:
     asked = ledger.decisions(limit=1000, kind="approval", subject=release.name)
     if any(row.verdict == "asked" and row.evidence == evidence for row in asked):
         return
-    with ledger.decision(
-        "approval",
-        actor=actor,
-        subject=release.name,
-        verdict="asked",
-        reason=reason,
-        evidence=evidence,
-    ) as change:
+    with _decision(ledger, release, "asked", evidence, actor, reason) as change:
         change.enqueue(
             f"{release.name} waits for a second person",
             f"{release.name}: {reason}. Look at `mwb release show {release.name}`, then: mwb release approve {release.name} -m WHY",

@@ -27,7 +27,7 @@ from mlops_workbench.release.rollouts import (
 )
 
 # %% auto #0
-__all__ = ['LATENCY_ROWS', 'FAILED_ROWS', 'LEASE', 'LEASE_SECONDS', 'Move', 'next_move', 'looks_file', 'keep_look',
+__all__ = ['LATENCY_ROWS', 'FAILED_ROWS', 'LEASE', 'LEASE_SECONDS', 'Move', 'next_move', 'looks_file', 'keep_look', 'seen_by_two',
            'tend_rollout']
 
 # %% ../../nbs/release/18_rollout_judge.ipynb #0e3ca51c
@@ -123,7 +123,7 @@ def keep_look(workspace: Workspace, rollout: RolloutRow, found: Evidence, move: 
         stream.write(canonical_json(json_ready(look)) + b"\n")
 
 
-def _seen_by_two(
+def seen_by_two(
     workspace: Workspace, ledger: Ledger, rollout: RolloutRow, move: Move, actor: str
 ) -> Move:
     """The promotion, or to wait for the second person whom the settings ask for, who is called once."""
@@ -158,7 +158,7 @@ def tend_rollout(
         found = read_evidence(workspace, rollout, moment)
         move = next_move(rollout, found, workspace.settings.rollout)
         if move.kind == "promote":
-            move = _seen_by_two(workspace, ledger, rollout, move, actor)
+            move = seen_by_two(workspace, ledger, rollout, move, actor)
         keep_look(workspace, rollout, found, move)
         by: dict[str, Any] = {
             "actor": actor,

@@ -1,0 +1,97 @@
+"""The way back: further where the one before is broken, never back and forth, and nobody notices it under load."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rollback_support import KINDS, measure_rollbacks
+from rollout_support import add_release, decisions, release_pair
+
+from mlops_workbench.core.errors import ConflictError, GateRefusedError
+from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.release.deployment import clear_release, default_data, deploy, rollback
+from mlops_workbench.release.rollouts import start_rollout
+
+BY = {"actor": "monitor", "reason": "rule quality: too many wrong answers"}
+
+
+def four_releases(folder: Path) -> Workspace:
+    """Four releases that served one after the other, each of its own data version; the last one serves."""
+    workspace, _, second = release_pair(folder / "w")
+    deploy(workspace, second, actor="test")
+    for number in (3, 4):
+        name = f"flights-r{number}"
+        add_release(workspace, name, number / 10, data_version=f"flights@v1.{number}")
+        deploy(workspace, name, actor="test")
+    return workspace
+
+
+def damage(workspace: Workspace, name: str) -> None:
+    """One bit of a release's model is no longer what it was."""
+    model = Path(Ledger(workspace.ledger_url).release(name).path) / "model.onnx"
+    content = model.read_bytes()
+    model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_the_way_back_goes_further_where_the_one_before_is_broken(tmp_path: Path) -> None:
+    """And data go with the model. Where nothing whole is left, the release that serves goes on, and is not barred."""
+    workspace = four_releases(tmp_path)
+    damage(workspace, "flights-r3")
+    change = rollback(workspace, **BY, bar=True)
+    assert (change.previous, change.name) == ("flights-r4", "flights-r2")
+    assert default_data(workspace, "flights") == change.data_version == "flights@v1.0"
+    damage(workspace, "flights-r1")
+    before = workspace.pointer_path.read_bytes()
+    with pytest.raises(
+        ConflictError, match=r"none that is whole; damaged: .*flights-r3.*flights-r1"
+    ):
+        rollback(workspace, **BY, bar=True)
+    ledger = Ledger(workspace.ledger_url)
+    statuses = {row.name: row.status for row in ledger.releases()}
+    assert (
+        Counter(statuses.values()) == {"approved": 3, "barred": 1}
+        and statuses["flights-r4"] == "barred"
+    )
+    assert workspace.pointer_path.read_bytes() == before and ledger.verify().ok
+
+
+def test_what_was_sent_back_stays_away_until_a_person_clears_it(tmp_path: Path) -> None:
+    """Three alarms in a row lead down to the first release, and not once up again."""
+    workspace = four_releases(tmp_path)
+    seen = [rollback(workspace, **BY, bar=True).name for _ in range(3)]
+    assert seen == ["flights-r3", "flights-r2", "flights-r1"]
+    with pytest.raises(ConflictError, match="none that is whole"):
+        rollback(workspace, **BY, bar=True)
+    with pytest.raises(GateRefusedError, match="is barred since it was rolled back"):
+        deploy(workspace, "flights-r4", actor="loop")
+    with pytest.raises(GateRefusedError, match="is barred"):
+        start_rollout(workspace, "flights-r4", actor="loop", shares=(0.5,))
+    with pytest.raises(ConflictError, match="is barred; clear it first"):
+        rollback(workspace, "flights-r4", **BY)
+    clear_release(
+        workspace, "flights-r4", actor="ann", reason="the sensor was broken, not the model"
+    )
+    assert deploy(workspace, "flights-r4", actor="ann").previous == "flights-r1"
+    assert rollback(workspace, **BY, bar=True).name == "flights-r1"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("what", list(KINDS))
+def test_a_hundred_ways_back_fail_no_request(tmp_path: Path, what: str) -> None:
+    """At 200 requests a second; each time the former release answers, and soon the other one does not answer any more."""
+    rounds = 100 if "not in memory" not in what else 20
+    workspace, found = measure_rollbacks(tmp_path, what, rounds)
+    print(f"\n{found.line()}")
+    callers = found.callers
+    assert callers.failed == []
+    assert len(callers.heard) > 0.95 * 200 * callers.seconds > 100 * rounds
+    assert len(found.first) == rounds and not np.isnan(found.first).any()
+    assert float(np.median(found.first)) < 100 and max(found.last) < 1000
+    if what.startswith("a rollout"):
+        assert Counter(decisions(workspace)) == {"started": rounds, "aborted": rounds}
+    verdicts = Counter(row.verdict for row in Ledger(workspace.ledger_url).decisions(limit=100_000))
+    assert verdicts["rolled back"] == (0 if what.startswith("a rollout") else rounds)
+    assert verdicts["cleared"] == rounds and Ledger(workspace.ledger_url).verify().ok

@@ -1,0 +1,131 @@
+"""What a rollout decides by a written log: late labels, no labels, no traffic, a log that is gone. It never goes forward blind."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from monitoring_support import write_log
+from rollout_support import decisions, release_pair
+from serving_support import ROW
+
+from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.release.rollout_evidence import Evidence, read_evidence
+from mlops_workbench.release.rollout_judge import tend_rollout
+from mlops_workbench.release.rollouts import start_rollout, the_rollout
+
+RULES = {"minimum_minutes": 1, "minimum_rows": 200, "margin": 0.05, "maximum_hours": 6}
+HOUR = 3600.0
+
+
+def running(folder: Path, **rules: object) -> Workspace:
+    """A workspace with a rollout at half of the traffic."""
+    workspace, _, new = release_pair(folder / "w", **{**RULES, **rules})
+    start_rollout(workspace, new, actor="test", shares=(0.5,))
+    return workspace
+
+
+def answered(workspace: Workspace, count: int, hours: float) -> list[dict[str, object]]:
+    """So many answers in turn by both releases, all "on time", spread over the hours since the rollout began; written to the log."""
+    rollout = the_rollout(Ledger(workspace.ledger_url))
+    begun = time.time() + 1
+    records: list[dict[str, object]] = [
+        {
+            "kind": "prediction",
+            "id": f"q{number}",
+            "request": f"r{number}",
+            "time": begun + number / count * hours * HOUR,
+            "release": (rollout.champion, rollout.candidate)[number % 2],
+            "name": ("flights-r1", "flights-r2")[number % 2],
+            "slot": ("champion", "challenger")[number % 2],
+            "row": {**ROW, "flight_id": f"F{number}"},
+            "probabilities": [0.8, 0.2],
+            "prediction": 0,
+            "latency_ms": 2.0,
+        }
+        for number in range(count)
+    ]
+    write_log(workspace.predictions, records)
+    return records
+
+
+def labelled(
+    workspace: Workspace,
+    records: Sequence[dict[str, object]],
+    late_old: float,  # share of the champion's rows that were late: its wrong answers
+    late_new: float,
+    tag: str,
+) -> None:
+    """The labels of these rows."""
+    draw = np.random.default_rng(1)
+    late = [draw.random() < (late_new if r["slot"] == "challenger" else late_old) for r in records]
+    labels: list[dict[str, object]] = [
+        {"kind": "feedback", "id": record["id"], "time": record["time"], "label": label}
+        for record, label in zip(records, np.where(late, "late", "on time").tolist(), strict=True)
+    ]
+    write_log(workspace.predictions, labels, tag=tag)
+
+
+def evidence(workspace: Workspace, hours: float) -> Evidence:
+    """What is found so many hours from now."""
+    rollout = the_rollout(Ledger(workspace.ledger_url))
+    return read_evidence(workspace, rollout, time.time() + hours * HOUR)
+
+
+def test_labels_that_come_first_do_not_speak_for_those_that_come_late(tmp_path: Path) -> None:
+    """A good outcome is known at once and a bad one after an hour: rows that are younger than that do not count, so nobody is misled."""
+    workspace = running(tmp_path, label_delay_minutes=60)
+    records = answered(workspace, 4_000, hours=2)
+    ripe, young = records[:2_000], records[2_000:]
+    labelled(workspace, ripe, 0.3, 0.3, "ripe")
+    early = [r for r in young if r["slot"] == "challenger" or int(str(r["id"])[1:]) % 4]
+    labelled(
+        workspace, early, 0.6, 0.0, "early"
+    )  # what has come of the young rows flatters the new
+    found = evidence(workspace, 2.0)
+    assert found.new.rows == 2_000
+    assert 980 <= found.new.labelled.rows <= 1_000 and 980 <= found.old.labelled.rows <= 1_000
+    assert found.verdict.word == "not yet"
+    workspace_now = running(tmp_path / "at once", label_delay_minutes=0)
+    misled = answered(workspace_now, 4_000, hours=2)
+    labelled(workspace_now, misled[:2_000], 0.3, 0.3, "ripe")
+    labelled(workspace_now, misled[2_000:], 0.6, 0.0, "early")
+    assert (
+        evidence(workspace_now, 2.0).verdict.word == "better"
+    )  # the same labels, believed at once
+
+
+@pytest.mark.parametrize("blind", ["no traffic", "no labels", "labels of no class", "no log"])
+def test_a_rollout_never_goes_forward_blind(tmp_path: Path, blind: str) -> None:
+    """However long it waits; after the longest time the former release stays, and the new one is not to blame."""
+    workspace = running(tmp_path)
+    if blind != "no traffic":
+        records = answered(workspace, 3_000, hours=2)
+    if blind == "labels of no class":
+        unknown = [{"kind": "feedback", "id": r["id"], "time": r["time"], "label": label} for r, label in zip(records, ["NaN", "", "?"] * 1_000, strict=True)]  # fmt: skip
+        write_log(workspace.predictions, unknown, tag="odd")
+    if blind == "no log":
+        labelled(workspace, records, 0.5, 0.1, "labels")  # it was better, by a log that is gone
+        shutil.rmtree(workspace.predictions)
+    for hours in (0.1, 2.5, 5.9):
+        looked = tend_rollout(workspace, actor="test", moment=time.time() + hours * HOUR)
+        assert looked is not None and looked[2].kind == "wait", looked
+    assert decisions(workspace) == ["started"]
+    looked = tend_rollout(workspace, actor="test", moment=time.time() + 6.1 * HOUR)
+    assert looked is not None and looked[2].kind == "abort" and not looked[2].bar
+
+
+def test_equal_releases_are_called_equivalent_and_the_new_one_serves(tmp_path: Path) -> None:
+    """The whole interval lies within the margin."""
+    workspace = running(tmp_path)
+    labelled(workspace, answered(workspace, 8_000, hours=2), 0.1, 0.1, "labels")
+    looked = tend_rollout(workspace, actor="test", moment=time.time() + 2.5 * HOUR)
+    assert looked is not None and looked[2].kind == "promote"
+    assert (
+        looked[2].reason.startswith("equivalent: accuracy ") and "0.05 matters" in looked[2].reason
+    )
+    interval = looked[1].verdict.interval
+    assert -0.05 < interval.low < 0 < interval.high < 0.05
