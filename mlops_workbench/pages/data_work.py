@@ -92,7 +92,7 @@ def carry_out(workspace: Workspace, request: Request) -> str:
     if request.kind == "diff":
         return compare_pair(workspace, DataStore(workspace), values["before"], values["after"])
     if request.kind == "move":
-        return move_rollout(workspace, **values)
+        return move_rollout(workspace, values)
     return decide_rows(workspace, values["dataset"], values["accept"], values["reject"])
 
 

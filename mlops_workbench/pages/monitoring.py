@@ -28,7 +28,8 @@ from mlops_workbench.pages.look import (
     tile_html,
 )
 from .read_models import read_table
-from .rollout_panel import RolloutMoves, rollout_html
+from .rollout_moves import RolloutMoves
+from .rollout_panel import rollout_html
 
 # %% auto #0
 __all__ = ['Snapshot', 'CHARTS', 'measured_release', 'overall_state', 'ages', 'age_words', 'head_html', 'limits', 'charts_html',
@@ -364,6 +365,11 @@ class MonitoringPage(LivePage):
         first, tiles, charts, alerts, rollout, *rest = self.parts.values()
         above = (self.charts_head, self.span, charts, alerts, rollout)
         self.show(first, tiles, *above, self.moves, *rest)
+
+    def pause_seconds(self) -> float:
+        """Return how long to wait: half a second while somebody is signed in, whose token may be revoked."""
+        pause = super().pause_seconds()
+        return min(0.5, pause) if self.moves.sign_in.token else pause
 
     def draw(self) -> None:
         """Read the model again and draw every part but the head."""
