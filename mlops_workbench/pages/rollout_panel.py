@@ -43,10 +43,14 @@ def chart_title(look: Row) -> str:
 
 
 def sequence_chart(looks: Sequence[Row]) -> str:
-    """Return the difference of the two releases at each look of the present step, with its confidence sequence."""
-    mine = [look for look in looks if look["step"] == looks[-1]["step"]]
+    """Return the difference of the two releases at each look, with its confidence sequence, which begins anew with each step."""
+    mine: list[Row] = []
+    for look in looks:
+        if mine and look["step"] != mine[-1]["step"]:
+            mine.append({"at_seconds": look["at_seconds"], "step": look["step"]})  # a gap
+        mine.append(look)
     lows, values, highs = (
-        [number(look[name]) for look in mine] for name in ("low", "value", "high")
+        [number(look.get(name)) for look in mine] for name in ("low", "value", "high")
     )
     known = [
         low is not None and high is not None and high - low <= WIDE
@@ -58,8 +62,9 @@ def sequence_chart(looks: Sequence[Row]) -> str:
 
     if not any(known):
         return ""
+    before = "" if known[-1] else ", as it was before this step"
     chart = Chart(
-        chart_title(mine[-1]), [look["at_seconds"] for look in mine], only(values), "{:+.4f}",
+        chart_title(mine[-1]) + before, [look["at_seconds"] for look in mine], only(values), "{:+.4f}",
         limit=0.0, limit_name="no difference at", from_zero=False, lows=only(lows), highs=only(highs),
     )  # fmt: skip
     return f'<div class="mwb-charts">{chart_html(chart)}</div><br>'
@@ -164,9 +169,7 @@ def rollout_html(rollouts: Sequence[Row], looks: Sequence[Row]) -> str:
         for row in rollouts[1:]
     ]
     columns = ["rollout", "release", "against", "ended", "at (UTC)", "why"]
-    more = (
-        "<h3>Former rollouts</h3>" + table_html(columns, former, "", "former rollouts")
-        if former
-        else ""
-    )
+    table = table_html(columns, former, "", "former rollouts")
+    words = "1 former rollout" if len(former) == 1 else f"{len(former)} former rollouts"
+    more = f"<details><summary>{words}</summary>{table}</details>" if former else ""
     return f"<h2>Rollout</h2>{head}{body}{more}"

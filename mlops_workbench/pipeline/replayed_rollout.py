@@ -40,7 +40,7 @@ class Pace:
     """How fast the replayed world goes, by its own clock."""
 
     seconds_a_row: float = 30.0
-    rows_a_look: int = 200
+    rows_a_look: int = 100
     label_minutes: tuple[float, float] = (20.0, 60.0)  # a true answer comes that much later
     label_share: float = 0.8  # of the rows that ever get one
 
