@@ -126,7 +126,9 @@ def test_the_demo_shows_a_better_an_equal_and_a_worse_release(demo: Path) -> Non
     ]  # fmt: skip
     assert moves[-1] == ("flights-r4", "aborted")
     notebooks = list(demo.glob("runs/rollouts/*/*.ipynb"))
-    assert len(notebooks) == len(moves) - 2, "two were started by the stage, which is its own record"
+    assert len(notebooks) == len(moves) - 2, (
+        "two were started by the stage, which is its own record"
+    )
 
 
 def test_the_commands_for_looking_around(clone: Path, demo: Path) -> None:

@@ -173,7 +173,9 @@ def test_each_role_sees_its_buttons_and_a_revoked_token_loses_them(
             page.get_by_role("button", name="Sign out").click()
             expect(page.get_by_label("Token")).to_be_visible(timeout=10_000)
     page.screenshot(path=tmp_path / "signed-in.png", full_page=True)
-    assert_readable(page, [".mwb h2", ".mwb-banner strong", ".mwb p", ".mwb p strong", ".jupyter-button"])
+    assert_readable(
+        page, [".mwb h2", ".mwb-banner strong", ".mwb p", ".mwb p strong", ".jupyter-button"]
+    )
     page.get_by_label("Why").fill("complaints from JFK")
     page.get_by_role("button", name="Pause").click()
     expect(page.get_by_role("button", name="Resume")).to_be_visible(timeout=60_000)

@@ -69,7 +69,8 @@ class LateLabels:
 # %% ../../nbs/pipeline/42_replayed_rollout.ipynb #20f898a4
 def wait_for_split(workspace: Workspace, seconds: float = 60.0) -> None:
     """Return once the server gives every slot the share that was decided; ServingError otherwise."""
-    server, wanted = find_server(workspace), read_pointer(workspace.pointer_path).split
+    server, pointer = find_server(workspace), read_pointer(workspace.pointer_path)
+    wanted = pointer.split if pointer is not None else {}
     until = time.monotonic() + seconds
     while server.ours and time.monotonic() < until:
         told = httpx.get(
