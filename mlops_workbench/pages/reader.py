@@ -28,7 +28,7 @@ from ..experiment.runs import RunRow, list_runs, metric_history
 from ..experiment.store import sqlite_path
 from .data_tables import data_places, data_tables
 from .data_work import start_work, work_once, work_waits
-from .rollout_work import buttons_for
+from .viewers import buttons_for
 from ..release.approvals import approved_by
 from ..release.rollout_judge import looks_file
 from .read_models import ReaderState, write_model, write_state
@@ -139,7 +139,7 @@ def monitoring_tables(workspace: Workspace) -> ModelTables:
             ledger.rollouts()[:SHOWN_ROLLOUTS],
         )
         decisions = ledger.decisions(limit=SHOWN_DECISIONS)
-        access = buttons_for(workspace, ledger)
+        access = buttons_for(ledger, workspace.settings.pages.rollout_buttons)
         approvals = {
             r.name: approval(workspace, ledger, r.candidate) for r in rollouts if not r.ended_at
         }

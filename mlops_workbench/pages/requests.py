@@ -19,17 +19,15 @@ from ..core.errors import UsageError, WorkbenchError, shorten
 from ..core.files import read_json, write_json
 
 # %% auto #0
-__all__ = ['KINDS', 'KEPT_ANSWERS', 'Request', 'Answer', 'check_request', 'signed_text', 'ask', 'open_requests', 'read_request',
-           'give_answer', 'read_answer']
+__all__ = ['SIGNED', 'KINDS', 'KEPT_ANSWERS', 'Request', 'Answer', 'check_request', 'signed_text', 'ask', 'open_requests',
+           'read_request', 'give_answer', 'read_answer']
 
-# %% ../../nbs/pages/09_requests.ipynb #3fe16031
+# %% ../../nbs/pages/09_requests.ipynb #b3a3c133
+SIGNED = ("token", "signature")  # which token signed the other values; both empty without one
 KINDS = {
     "diff": ("before", "after"),
-    "decide": ("dataset", "accept", "reject"),
-    "move": (
-        *("verb", "rollout", "seen", "reason"),  # of the rollout, as it was seen
-        *("token", "signature"),  # which token signed the others; both empty without one
-    ),
+    "decide": ("dataset", "accept", "reject", *SIGNED),
+    "move": ("verb", "rollout", "seen", "reason", *SIGNED),  # of the rollout, as it was seen
 }
 
 

@@ -14,7 +14,7 @@ import ipywidgets
 
 from ..core.access import MOVE_ROLES
 from .look import block, escape
-from .requests import ask, read_answer, signed_text
+from .requests import ask, read_answer
 from .sign_in import SignIn
 
 # %% auto #0
@@ -92,9 +92,7 @@ class RolloutMoves(ipywidgets.VBox):  # type: ignore[misc]
             return
         seen = str(self.rollout["version"])
         values = {"verb": verb, "rollout": self.rollout["name"], "seen": seen, "reason": why}
-        values["token"], _ = self.sign_in.signed("")
-        _, signature = self.sign_in.signed(signed_text(values))
-        self.asked = ask(self.folder, "move", **values, signature=signature)
+        self.asked = ask(self.folder, "move", **self.sign_in.signed(values))
         self.reason.value = ""
         self.look_soon()
 

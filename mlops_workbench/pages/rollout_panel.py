@@ -20,7 +20,7 @@ __all__ = ['Row', 'WIDE', 'METRICS', 'WORDS', 'number', 'chart_title', 'sequence
 
 # %% ../../nbs/pages/06_rollout_panel.ipynb #afc0cee0
 Row = Mapping[str, Any]
-WIDE = 1.0  # an interval wider than that says nothing yet and would flatten the drawing
+WIDE = 1.0  # an interval wider than that, or than four times the narrowest of its step, would flatten the drawing
 
 
 def number(value: object) -> float | None:
@@ -52,10 +52,15 @@ def sequence_chart(looks: Sequence[Row]) -> str:
     lows, values, highs = (
         [number(look.get(name)) for look in mine] for name in ("low", "value", "high")
     )
-    known = [
-        low is not None and high is not None and high - low <= WIDE
-        for low, high in zip(lows, highs, strict=True)
-    ]
+    known = [False] * len(mine)
+    for step in {look["step"] for look in mine}:
+        wide = {
+            place: high - low
+            for place, (low, high) in enumerate(zip(lows, highs, strict=True))
+            if mine[place]["step"] == step and low is not None and high is not None
+        }
+        for place, width in wide.items():
+            known[place] = width <= min(WIDE, 4 * min(wide.values()))
 
     def only(numbers: Sequence[float | None]) -> list[float | None]:
         return [value if there else None for value, there in zip(numbers, known, strict=True)]
@@ -113,9 +118,9 @@ def sides_html(look: Row) -> str:
                 "" if mean is None else f"{mean:.4f}", "" if p99 is None else f"{p99:.1f} ms",
             ]
         )  # fmt: skip
-    return table_html(
-        ["release", "rows", "entities", "with label", "mean", "p99"], rows, "", "the two releases"
-    )
+    mean_of = METRICS.get(str(look.get("metric")), ("mean", ""))[0]
+    columns = ["release", "rows", "entities", "with label", mean_of, "p99"]
+    return table_html(columns, rows, "", "the two releases")
 
 
 def copy_html(look: Row) -> str:

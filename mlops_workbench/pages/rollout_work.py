@@ -5,48 +5,16 @@
 # %% ../../nbs/pages/11_rollout_work.ipynb #703fa7d2
 from __future__ import annotations
 
-import getpass
-
 from collections.abc import Mapping
 
-from ..core.access import MOVE_ROLES, AccessList
+from ..core.access import MOVE_ROLES
 from ..core.errors import ConflictError, UsageError
-from ..core.grants import access_path
 from ..core.ledger import Ledger
 from ..core.workspace import Workspace
-from .requests import signed_text
-from ..release.approvals import IN_THE_PAGE
+from .viewers import who_asks
 
 # %% auto #0
-__all__ = ['DONE', 'buttons_for', 'who_asks', 'move_rollout']
-
-# %% ../../nbs/pages/11_rollout_work.ipynb #715a0a7b
-def buttons_for(workspace: Workspace, ledger: Ledger) -> str:
-    """Whom the buttons of a page are for: "token" for those whose token allows it, "open" for whoever sees it, "" for nobody."""
-    if ledger.tokens():
-        return "token"
-    return "open" if workspace.settings.pages.rollout_buttons else ""
-
-# %% ../../nbs/pages/11_rollout_work.ipynb #58ad6afb
-def who_asks(workspace: Workspace, ledger: Ledger, asked: Mapping[str, str]) -> str:
-    """The actor of a move; UsageError where the viewer may not make it."""
-    mode, role = buttons_for(workspace, ledger), MOVE_ROLES[asked["verb"]]
-    if mode == "open" and asked["verb"] != "approve":
-        return f"{getpass.getuser()}{IN_THE_PAGE}"
-    if mode != "token":
-        raise UsageError(
-            "expected a token, or pages.rollout_buttons to do without, found neither; make a token: mwb access add NAME "
-            f"--role {role}, or use `mwb release`; nothing was done"
-        )
-    access = AccessList(access_path(workspace))
-    holder = access.signer(asked["token"], signed_text(asked), asked["signature"])
-    if holder is None:
-        raise UsageError("expected a token in force, found none; sign in again; nothing was done")
-    if not holder.may(role):
-        raise UsageError(
-            f"expected the role {role} or above, found {holder.role}; nothing was done"
-        )
-    return f"{holder.name}{IN_THE_PAGE}"
+__all__ = ['DONE', 'move_rollout']
 
 # %% ../../nbs/pages/11_rollout_work.ipynb #36a32a70
 DONE = {
@@ -69,7 +37,8 @@ def move_rollout(workspace: Workspace, asked: Mapping[str, str]) -> str:
             f"expected one of {', '.join(DONE)} and a reason, found {verb!r} and {reason!r}"
         )
     ledger = Ledger(workspace.ledger_url)
-    actor = who_asks(workspace, ledger, asked)
+    alone = workspace.settings.pages.rollout_buttons and verb != "approve"  # which takes a name
+    actor = who_asks(workspace, asked, MOVE_ROLES[verb], alone)
     going = rollouts.the_rollout(ledger)
     if (going.name, str(going.version)) != (asked["rollout"], asked["seen"]):
         raise ConflictError(f"{asked['rollout']} has moved meanwhile; look again, nothing was done")

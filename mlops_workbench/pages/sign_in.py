@@ -13,6 +13,7 @@ import ipywidgets
 
 from ..core.access import ACCESS_FILE, AccessList, Holder, sign
 from .look import block, escape
+from .requests import signed_text
 
 # %% auto #0
 __all__ = ['SignIn']
@@ -46,9 +47,10 @@ class SignIn(ipywidgets.VBox):  # type: ignore[misc]
         """Whose token it is at this moment; None without one that is in force."""
         return self.access.holder(self.token) if self.token else None
 
-    def signed(self, message: str) -> tuple[str, str]:
-        """Return the token's identity and its signature of a message; both empty without a token."""
-        return (self.token.split("_")[1], sign(self.token, message)) if self.token else ("", "")
+    def signed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a request's values with the token's identity and its signature; both empty without a token."""
+        named = {**values, "token": self.token.split("_")[1] if self.token else ""}
+        return {**named, "signature": sign(self.token, signed_text(named)) if self.token else ""}
 
     def on_token(self, change: Mapping[str, Any]) -> None:
         """Take a token that is in force, and keep no other."""

@@ -44,6 +44,7 @@ ROLLOUT_SETTINGS = {
     "rollout.metric": "brier",
     "rollout.margin": "0.05",
     "rollout.minimum_rows": "60",
+    "rollout.minimum_minutes": "120",
     "rollout.label_delay_minutes": "60",
     "rollout.latency_p99_ms": "1000",  # a laptop that does something else meanwhile is no fault of a release
 }

@@ -119,7 +119,7 @@ class Course:
     def words(self) -> str:
         """The last word on the candidate, with the interval and the labelled rows of the step that it was said at."""
         rows = sum(self.look[side]["labelled"]["rows"] for side in ("old", "new"))
-        return f"{self.look['word']}: {self.look['why']}, {rows:,.0f} labelled rows, {self.hours:.1f} h of its clock"
+        return f"{self.look['word']}: {self.look['why']}, {rows:,.0f} labelled rows, {self.hours:.1f} h of replayed time"
 
 
 def last_look(workspace: Workspace, rollout: str) -> dict[str, Any]:
