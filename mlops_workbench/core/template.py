@@ -114,7 +114,7 @@ host = 127.0.0.1                      ; of the web pages
 port = 8866                           ; of the web pages; 0: any free port
 idle_seconds = 300                    ; a page's kernel without a viewer ends after so long
 refresh_seconds = 5                   ; an open page reads again so often
-rollout_buttons = no                  ; yes: whoever may see the page may pause, resume, promote and abort a rollout
+rollout_buttons = no                  ; yes: whoever sees the page may move a rollout, until there are tokens: mwb access
 
 [control]
 host = 127.0.0.1                      ; of the control plane, which asks everybody for a token

@@ -18,6 +18,7 @@ from ..data.names import named_versions
 from ..data.records import DataVersion
 from ..data.versions import DataStore
 from .last_diagnoses import diagnosis_files, last_diagnoses
+from .viewers import buttons_for
 from .read_models import QUARANTINE, diff_path, model_mark, read_table
 from ..data.defaults import withdrawn_versions
 from ..recipes.protocol import load_recipe
@@ -95,14 +96,14 @@ def data_tables(workspace: Workspace) -> dict[str, tuple[Sequence[str], list[Seq
     ledger = Ledger(workspace.ledger_url)
     try:
         releases, slots = ledger.releases(), ledger.slots()
-        decisions = ledger.decisions(limit=1000)
+        decisions, access = ledger.decisions(limit=1000), buttons_for(ledger)
     finally:
         ledger.close()
     serving = {slot.digest for slot in slots if slot.name == "champion"}
     folder, gone = workspace.read_models, withdrawn_versions(workspace)
     names = names_by_version(workspace.root, versions)
     return {
-        "own": (("name",), [(own_dataset(workspace),)]),
+        "own": (("name", "access"), [(own_dataset(workspace), access)]),
         "versions": (
             VERSION_COLUMNS,
             [

@@ -5,7 +5,6 @@
 # %% ../../nbs/pages/11_quarantine_desk.ipynb #d117f00a
 from __future__ import annotations
 
-import getpass
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,12 +70,16 @@ def list_rows(workspace: Workspace, version: DataVersion) -> int:
 
 # %% ../../nbs/pages/11_quarantine_desk.ipynb #2c777abd
 def decide_rows(
-    workspace: Workspace, dataset: str, accept: Sequence[str], reject: Sequence[str]
+    workspace: Workspace,
+    dataset: str,
+    accept: Sequence[str],
+    reject: Sequence[str],
+    actor: str,
 ) -> str:
     """Accept and reject rows of a quarantine and return a sentence; raises what `review_rows` raises."""
     store = DataStore(workspace)
     done = review_rows(
-        store, dataset, accept=accept, reject=reject, actor=getpass.getuser(), reason="in the page"
+        store, dataset, accept=accept, reject=reject, actor=actor, reason="in the page"
     )
     made = f"; {done.version} holds them and is the default" if done.version else ""
     said = f"{len(done.accepted):,} accepted{made}, {len(done.rejected):,} rejected"

@@ -76,12 +76,13 @@ def start_rollout(
     actor: str,
     shares: tuple[float, ...] = (),  # of the traffic, rising; none: those of the settings
     reason: str = "all gates passed",
+    force: bool = False,  # start although a gate refused; stands in the audit
     record_path: str | None = None,
 ) -> RolloutRow:
     """Give an approved release its first share of the traffic.
 
-    GateRefusedError for a release that is not approved, UsageError without steps, ConflictError without a champion, for the champion
-    itself, and while another rollout goes on.
+    GateRefusedError for a release that is not approved and not forced, or barred; UsageError without steps; ConflictError without a
+    champion, for the champion itself, and while another rollout goes on.
     """
     ledger = Ledger(workspace.ledger_url)
     release, slot = ledger.release(candidate), ledger.slot(CHAMPION)
@@ -90,11 +91,14 @@ def start_rollout(
         raise UsageError(
             "expected the steps of the rollout, found none; name them with --steps 5,25,50 or in settings.ini, section [rollout]"
         )
-    if release.status not in ("approved", "retired"):
+    passed = release.status in ("approved", "retired")
+    if not passed and (not force or release.status == "barred"):
         raise GateRefusedError(
             f"expected an approved release, {release.name} is {release.status}; no rollout was started; "
             f"see its gates with `mwb release show {release.name}`"
         )
+    if not passed:
+        reason = f"forced although it is {release.status}: {reason}"
     if slot is None:
         raise ConflictError(
             f"expected a champion to compare {release.name} with, found none; deploy it: mwb run deploy"
@@ -112,6 +116,7 @@ def start_rollout(
         workspace, name, 1, "started", release.name, f"gets {share_words(steps[0])}",
         f"{release.name} against {champion}, steps {_steps_words(steps)}", actor=actor, reason=reason,
         evidence={"digest": release.digest, "champion": champion, "steps": list(steps)}, record_path=record_path,
+        severity="info" if passed else "warning",
     ) as change:  # fmt: skip
         change.open_rollout(
             {
@@ -175,7 +180,7 @@ def resume_rollout(workspace: Workspace, rollout: RolloutRow, **by: Any) -> None
 def abort_rollout(
     workspace: Workspace, rollout: RolloutRow, *, bar: bool = False, **by: Any
 ) -> None:
-    """All traffic back to the champion; with `bar` the candidate may not serve until a person clears it."""
+    """All traffic back to the champion; with `bar` the candidate may not serve until a person clears it, and data go back with the model."""
     values = {"status": "aborted", "ended_at": iso(now())}
     _move(workspace, rollout, "aborted", "gets no traffic any more", values, bar=bar, **by)
 
@@ -217,9 +222,13 @@ def _move(
                 f"expected {champion.name} to serve, found another release; go back to it first: mwb release switch --back"
             )
         verify_bundle(Path(release.path), release.digest)
+    back = bar and data is not None and data.digest == release.data_version != champion.data_version
+    about = f"; it is barred until a person clears it{f', {champion.data_version} is the default again' if back else ''}"
+    if back:
+        shown["data_version"] = champion.data_version
     with _decision(
         workspace, rollout.name, rollout.version + 1, verdict, release.name, words,
-        f"{release.name} against {champion.name}{'; it is barred until a person clears it' if bar else ''}",
+        f"{release.name} against {champion.name}{about if bar else ''}",
         reason=reason, evidence={**shown, **(evidence or {})},
         severity="critical" if bar else "warning" if verdict in ("aborted", "paused") else "info", **by,
     ) as change:  # fmt: skip
@@ -231,6 +240,8 @@ def _move(
             place = data_slot(release.data_version)
             if data is None or data.digest != release.data_version:
                 change.set_slot(place, release.data_version, data.epoch if data else 0)
+        if back and data is not None:
+            change.set_slot(data_slot(champion.data_version), champion.data_version, data.epoch)
         if bar:
             change.set_release_status(release.digest, "barred")
     if promote:
