@@ -19,7 +19,8 @@ from typing import Any
 from ..core.clock import timestamp
 from ..core.errors import ServingError
 from ..core.features import FeatureError
-from ..core.settings import ServingSettings
+from ..core.pointer import SlotEntry
+from ..core.settings import SHADOW, ServingSettings
 from .feedback import FeedbackBook, FeedbackCounts, FeedbackItem
 from .metrics import ServerMetrics
 from .models import LoadedModel
@@ -35,9 +36,9 @@ from mlops_workbench.serving.records import (
     rows_asked,
 )
 from .requests import Question, RequestError
-from .shadow import ShadowCopy
+from .shadow_keeper import ShadowCopy, ShadowKeeper
 from .shared_metrics import SharedMetrics
-from .slots import CHAMPION, SHADOW, Arms, ModelSlots
+from .slots import CHAMPION, Arms, ModelSlots
 from .workers import WorkerPlace
 
 # %% auto #0
@@ -82,15 +83,23 @@ class PredictionService:
     ) -> None:
         self.predictions = predictions
         self.place = place
-        self.shadow = ShadowCopy(predictions, settings)
-        self.slots = ModelSlots(pointer_path, shadow=self.shadow.follow)
+        self._keeper: ShadowKeeper | None = None  # among several workers it is their parent's
+        if place is None:
+            self._keeper = ShadowKeeper(predictions, settings)
+            handles = self._keeper.handles
+        else:
+            handles = place.shadow
+        self.shadow = ShadowCopy(handles)
+        self.slots = ModelSlots(pointer_path, shadow=self._follow_shadow)
         self.log = PredictionLog(
             predictions,
             sync_interval_ms=settings.sync_interval_ms,
             segment_bytes=settings.segment_bytes,
         )
         self.book = FeedbackBook()
-        self.metrics = ServerMetrics(self.slots, self.log)
+        self.metrics = ServerMetrics(
+            self.slots, self.log, self.shadow, tells_shadow=place is None or place.number == 1
+        )
         self.names = RequestNames()
         self.draining = False
         self._recollection = Recollection(
@@ -132,7 +141,14 @@ class PredictionService:
         self._stopped.set()
         self.slots.stop()
         self.shadow.close()
+        if self._keeper is not None:
+            self._keeper.close()
         self.log.close()
+
+    def _follow_shadow(self, entry: SlotEntry | None) -> None:
+        if self._keeper is not None:
+            self._keeper.follow(entry)
+        self.shadow.follow(entry)
 
     def arms(self) -> Arms:
         """What serves; RequestError 503 before there is a release."""
