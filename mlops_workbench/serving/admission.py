@@ -9,7 +9,8 @@ from collections.abc import MutableMapping
 from typing import Any
 
 # %% auto #0
-__all__ = ['FEW', 'BURST', 'MOST', 'RETRY_SECONDS', 'LEARNING', 'Admission']
+__all__ = ['FEW', 'BURST', 'MOST', 'RETRY_SECONDS', 'LEARNING', 'MOST_REFUSALS', 'SHORTEST_PAUSE', 'LONGEST_PAUSE',
+           'WINDOW_SECONDS', 'Admission']
 
 # %% ../../nbs/serving/22_admission.ipynb #bb759d6a
 FEW = 32  # requests under way that keep the processor busy
@@ -19,6 +20,9 @@ RETRY_SECONDS = (
     1.0  # what a client that is turned away is told to wait, and for how long only few are let in
 )
 LEARNING = 1 / 64  # weight of a new observation
+MOST_REFUSALS = 12_000  # a second: about a quarter of the processor's time
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.02, 0.25  # seconds
+WINDOW_SECONDS = 0.1  # in which refusals are counted
 
 # %% ../../nbs/serving/22_admission.ipynb #1f021614
 class Admission:
@@ -30,6 +34,8 @@ class Admission:
         self.refused = 0
         self._request_seconds = 0.001  # that each request ahead makes one wait
         self._strict_until = float("-inf")  # seconds of time.perf_counter
+        self._recent, self._counted_from = 0, float("-inf")  # refusals in this window
+        self._pause = 0.0
 
     def is_strict(self, moment: float) -> bool:
         """True while somebody was turned away not long ago."""
@@ -48,6 +54,24 @@ class Admission:
         self.refused += 1
         self._strict_until = moment + RETRY_SECONDS
         return True
+
+    @property
+    def is_crowded(self) -> bool:
+        """True when it may be that a request has to be turned away."""
+        return self.waiting >= FEW
+
+    def pause(self, moment: float) -> float:
+        """Seconds for which a connection that is turned away now is not read; 0 unless there are too many refusals."""
+        self._recent += 1
+        seconds = moment - self._counted_from
+        if seconds >= WINDOW_SECONDS:
+            rate = self._recent / seconds
+            if rate > MOST_REFUSALS:
+                self._pause = min(LONGEST_PAUSE, max(SHORTEST_PAUSE, 2 * self._pause))
+            elif rate < MOST_REFUSALS / 3:
+                self._pause = self._pause / 2 if self._pause > SHORTEST_PAUSE else 0.0
+            self._recent, self._counted_from = 0, moment
+        return self._pause
 
     def enter(self, state: MutableMapping[str, Any], moment: float) -> None:
         """Count a request that was read whole at this moment, once; `state` is the request's own."""

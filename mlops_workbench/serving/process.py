@@ -5,7 +5,6 @@
 # %% ../../nbs/serving/19_process.ipynb #6c3bb298
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import logging
@@ -14,24 +13,19 @@ import signal
 import socket
 import sys
 import threading
-import time
 
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
-
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from .app import RETRY_AFTER, PredictionApp
-from .http import UNREAD_BYTES, error_answer
 from .plan import ServingPlan, read_order
+from .protocol import AdmittingProtocol
 from .routes import create_app
 from .workers import WorkerPlace
 
 # %% auto #0
-__all__ = ['LISTENING_HANDLES', 'listening_handles', 'AnnouncedServer', 'ending_quietly', 'OneWriteTransport', 'refusal',
-           'AdmittingProtocol', 'turned_away', 'answer_requests', 'end_with_the_group', 'main']
+__all__ = ['LISTENING_HANDLES', 'listening_handles', 'AnnouncedServer', 'ending_quietly', 'answer_requests', 'end_with_the_group',
+           'main']
 
 # %% ../../nbs/serving/19_process.ipynb #392e71f0
 LISTENING_HANDLES = 8  # new connections taken a turn of the event loop
@@ -77,124 +71,6 @@ def ending_quietly(server: uvicorn.Server) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-# %% ../../nbs/serving/19_process.ipynb #7e7c63d1
-class OneWriteTransport:
-    """A transport that sends the head of an answer together with the body."""
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._head = b""
-
-    def write(self, data: bytes) -> None:
-        """Send, or keep the head of an answer for a moment."""
-        if self._head:
-            data, self._head = self._head + data, b""
-        elif data.startswith(b"HTTP/1.1 "):
-            self._head = data
-            self._loop.call_soon(self.flush)
-            return
-        self._transport.write(data)
-
-    def flush(self) -> None:
-        """Send what was kept."""
-        if self._head:
-            head, self._head = self._head, b""
-            self._transport.write(head)
-
-    def close(self) -> None:
-        """Send what was kept, then close."""
-        self.flush()
-        self._transport.close()
-
-    def is_closing(self) -> bool:
-        """Whether the transport is closed or about to be."""
-        return self._transport.is_closing()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-# %% ../../nbs/serving/19_process.ipynb #b973e441
-def refusal(default_headers: list[tuple[bytes, bytes]], *, close: bool) -> bytes:
-    """The whole answer to a request that is turned away."""
-    answer = error_answer(429, "expected fewer requests at once, found too many; come again")
-    headers = [
-        *default_headers,
-        (b"content-type", answer.content_type),
-        (b"content-length", str(len(answer.body)).encode()),
-        *RETRY_AFTER,
-    ]
-    if close:
-        headers.append((b"connection", b"close"))
-    head = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
-    return b"HTTP/1.1 429 Too Many Requests\r\n" + head + b"\r\n" + answer.body
-
-# %% ../../nbs/serving/19_process.ipynb #180a9283
-class AdmittingProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol that writes an answer at once, and turns requests away when too many are under way."""
-
-    read_at = 0.0  # seconds of time.perf_counter
-    _is_parsing = False
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin, with one write an answer."""
-        super().connection_made(OneWriteTransport(transport, self.loop))  # type: ignore[arg-type]
-        self._app: PredictionApp = self.config.app  # type: ignore[assignment]
-
-    def data_received(self, data: bytes) -> None:
-        """Read what came, and note when."""
-        self.read_at = time.perf_counter()
-        super().data_received(data)
-
-    def on_headers_complete(self) -> None:
-        """Judge a request by its head."""
-        self.scope["state"]["read_at"] = self.read_at
-        self._is_parsing = True
-        super().on_headers_complete()
-        self._is_parsing = False
-
-    def on_message_complete(self) -> None:
-        """Count a request that is there as a whole; one behind others is counted when it begins."""
-        super().on_message_complete()
-        is_answered = self.cycle.response_complete
-        if self.scope["method"] == "POST" and not is_answered and not self.pipeline:
-            self._app.admission.enter(self.scope["state"], self.read_at)
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """Begin to answer, or turn away."""
-        scope = cycle.scope
-        if scope["method"] == "POST":
-            admission = self._app.admission
-            if admission.is_full(self.read_at):
-                self._app.service.metrics.turned_away(self._app.routes.find(scope["path"])[0])
-                if self._is_parsing:
-                    self._turn_away(cycle)
-                    return
-                app = turned_away
-            elif not self._is_parsing:
-                admission.enter(scope["state"], scope["state"]["read_at"])
-        super()._start_asgi_task(cycle, app)
-
-    def _turn_away(self, cycle: RequestResponseCycle) -> None:
-        """Answer at once; a body that is long or still waits for a word of ours is not waited for."""
-        declared = dict(self.headers).get(b"content-length", b"")
-        is_long = len(declared) > 9 or int(declared or 0) > UNREAD_BYTES
-        close = is_long or self.expect_100_continue or not cycle.keep_alive
-        cycle.response_started = cycle.response_complete = True
-        self.transport.write(refusal(self.server_state.default_headers, close=close))
-        if close:
-            self.transport.close()
-        self.on_response_complete()
-
-
-async def turned_away(scope: Any, receive: Any, send: Any) -> None:
-    """The same refusal as an app, for a request whose turn to be answered has come."""
-    answer = error_answer(429, "expected fewer requests at once, found too many; come again")
-    length = (b"content-length", str(len(answer.body)).encode())
-    headers = [(b"content-type", answer.content_type), length, *RETRY_AFTER]
-    await send({"type": "http.response.start", "status": 429, "headers": headers})
-    await send({"type": "http.response.body", "body": answer.body})
 
 # %% ../../nbs/serving/19_process.ipynb #e6db7972
 def answer_requests(
