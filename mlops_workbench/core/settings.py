@@ -146,7 +146,7 @@ class ServingSettings(SettingsSection):
     sync_interval_ms: int = Field(default=50, ge=0)
     segment_bytes: int = Field(default=16_777_216, ge=65_536)
     workers: int = Field(default=1, ge=1, le=64)
-    maximum_wait_ms: int = Field(default=80, ge=1)
+    maximum_wait_ms: int = Field(default=50, ge=1)
 
 # %% ../../nbs/core/03_settings.ipynb #72e5b358
 class MonitoringSettings(SettingsSection):

@@ -80,7 +80,7 @@ maximum_body_bytes = 10485760         ; bytes in one request
 sync_interval_ms = 50                 ; the prediction log is forced to the disk so often; 0: at every reply
 segment_bytes = 16777216              ; a file of the prediction log is closed at this size
 workers = 1                           ; processes that answer at the one port; as many as cores
-maximum_wait_ms = 80                  ; a request that would wait longer is told to come again (429)
+maximum_wait_ms = 50                  ; a request that would wait longer is told to come again (429)
 """
 
 # %% ../../nbs/core/16_template.ipynb #cbdd0d1e

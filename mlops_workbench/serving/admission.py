@@ -19,7 +19,7 @@ MOST = 4096  # under way, however fast the model
 RETRY_SECONDS = (
     1.0  # what a client that is turned away is told to wait, and for how long only few are let in
 )
-LEARNING = 1 / 64  # weight of a new observation
+LEARNING = 1 / 8  # weight of a new observation, one for each time that some are answered together
 MOST_REFUSALS = 12_000  # a second: about a quarter of the processor's time
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.02, 0.25  # seconds
 WINDOW_SECONDS = 0.1  # in which refusals are counted

@@ -107,6 +107,7 @@ class AdmittingProtocol(HttpToolsProtocol):
     read_at = 0.0  # seconds of time.perf_counter
     _is_parsing = False
     _is_within = False  # a request: begun and not whole
+    _is_stale = False  # what is read next was sent during a pause
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, with one write an answer."""
@@ -116,7 +117,8 @@ class AdmittingProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Read what came, and note when."""
         self.read_at = time.perf_counter()
-        if self._app.admission.is_crowded and self._is_refused_unread(data):
+        may_be_refused = self._is_stale or self._app.admission.is_crowded
+        if may_be_refused and self._is_refused_unread(data):
             return
         super().data_received(data)
 
@@ -125,7 +127,7 @@ class AdmittingProtocol(HttpToolsProtocol):
         is_between = self.cycle is None or (self.cycle.response_complete and not self._is_within)
         path = plain_path(data) if is_between else ""
         admission = self._app.admission
-        if not path or not admission.is_full(self.read_at):
+        if not path or not (self._is_stale or admission.is_full(self.read_at)):
             return False
         self._unset_keepalive_if_required()
         self._app.service.metrics.turned_away(self._app.routes.find(path)[0])
@@ -137,8 +139,16 @@ class AdmittingProtocol(HttpToolsProtocol):
 
     def _read_again(self) -> None:
         """Hear again what somebody says who was turned away."""
-        if not self.transport.is_closing():
-            self.flow.resume_reading()
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        self._is_stale = True
+        self.loop.call_soon(
+            self.loop.call_soon, self._hear_as_new
+        )  # after the next look at the network
+
+    def _hear_as_new(self) -> None:
+        self._is_stale = False
 
     def on_message_begin(self) -> None:
         """Begin a request."""
