@@ -76,9 +76,9 @@ def narrowed(document: dict[str, Any]) -> dict[str, Any]:
             for parameter in operation["parameters"]:
                 if parameter["in"] == "path":
                     parameter["schema"]["enum"] = known[parameter["name"]]
-    kinds = {"number": "number", "category": "string"}
+    kinds = {"number": ["number"], "category": ["string", "integer"]}
     columns = {
-        feature.name: {"type": [kinds[feature.kind], *["null"] * feature.nullable]}
+        feature.name: {"type": [*kinds[feature.kind], *(["null"] if feature.nullable else [])]}
         for feature in SCHEMA.features
     }
     row = {

@@ -31,20 +31,6 @@ def gates_digest(ledger: Ledger, release: ReleaseRow) -> str:
     return hashlib.sha256(canonical_json(found[0].evidence)).hexdigest() if found else ""
 
 
-def _decision(
-    ledger: Ledger,
-    release: ReleaseRow,
-    verdict: str,
-    evidence: Mapping[str, str],
-    actor: str,
-    reason: str,
-) -> AbstractContextManager[Change]:
-    """One decision on who has seen a release."""
-    return ledger.decision(
-        "approval", actor=actor, subject=release.name, verdict=verdict, reason=reason, evidence=evidence
-    )  # fmt: skip
-
-
 def approve_release(workspace: Workspace, name: str, *, actor: str, reason: str) -> str:
     """Say that somebody has looked at a release and its gates, and return its digest.
 
@@ -79,6 +65,20 @@ def check_four_eyes(workspace: Workspace, ledger: Ledger, release: ReleaseRow, a
         f"expected the approval of a second person for {release.name}, found {seen}; nothing was promoted; somebody else "
         f"says: mwb release approve {release.name} -m WHY"
     )
+
+
+def _decision(
+    ledger: Ledger,
+    release: ReleaseRow,
+    verdict: str,
+    evidence: Mapping[str, str],
+    actor: str,
+    reason: str,
+) -> AbstractContextManager[Change]:
+    """One decision on who has seen a release."""
+    return ledger.decision(
+        "approval", actor=actor, subject=release.name, verdict=verdict, reason=reason, evidence=evidence
+    )  # fmt: skip
 
 
 def ask_for_approval(ledger: Ledger, release: ReleaseRow, *, actor: str, reason: str) -> None:
