@@ -44,8 +44,8 @@ check: setup ## clean notebooks, code in step, rules, types, notebook tests
 slow-tests: setup ## the long suites
 	$(BIN)/python -m pytest -m slow --override-ini 'addopts=-q --strict-markers'
 
-faults: setup ## kill, stop and starve all that takes part in a rollout under load
-	$(BIN)/python -m pytest tests/test_rollout_faults.py -m slow -s --override-ini 'addopts=-q --strict-markers'
+faults: setup ## kill, stop and starve all that takes part in a rollout, and the prediction log, under load
+	$(BIN)/python -m pytest tests/test_rollout_faults.py tests/test_log_faults.py -m slow -s --override-ini 'addopts=-q --strict-markers'
 
 statistics: setup ## what rollouts claim about chance, by simulation: false words, coverage, power (about ten minutes)
 	$(BIN)/python -m pytest tests/test_release_statistics.py tests/test_release_paired.py tests/test_release_oracle.py -s --override-ini 'addopts=-q --strict-markers'

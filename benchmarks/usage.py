@@ -5,85 +5,27 @@ are 30 rows. The limit is one second for the call, imports and page cache warm; 
 """
 
 import argparse
-import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from core_support import many_releases
+
 from mlops_workbench.core.asof import as_of
-from mlops_workbench.core.audit import seal_record
-from mlops_workbench.core.clock import iso, now
+from mlops_workbench.core.clock import now
 from mlops_workbench.core.ledger import Ledger
-from mlops_workbench.core.ledger_schema import audit, audit_head, decisions, releases, slots
 from mlops_workbench.core.workspace import create_workspace
 from mlops_workbench.data.usage import used_by
 from mlops_workbench.data.versions import DataStore
 
 LIMIT_SECONDS = 1.0
-
-
-def many_releases(ledger: Ledger, count: int, refs: list[str]) -> None:
-    """Put releases on record as `Ledger.decision` would, each deployed once, in one transaction."""
-    with ledger.decision(
-        "start", actor="test", subject="ledger", verdict="made", reason="creates the tables"
-    ):
-        pass
-    previous_digest: str | None = None
-    with ledger._engine.begin() as connection:
-        head = connection.execute(audit_head.select()).one()
-        previous, first = head.hash, head.records + 1
-        rows: dict[str, list[dict[str, Any]]] = {"releases": [], "decisions": [], "audit": []}
-        for number in range(count):
-            sequence, digest, moment = first + number, f"{number:064x}", iso(now())
-            release = {
-                "digest": digest,
-                "name": f"flights-r{number + 1}",
-                "recipe": "flights",
-                "data_version": refs[number % len(refs)],
-                "run_id": f"run{number}",
-                "path": f"/bundles/{digest}",
-                "status": "approved",
-                "created_at": moment,
-                "decision_id": sequence,
-            }
-            slot = {
-                "name": "champion",
-                "digest": digest,
-                "previous_digest": previous_digest,
-                "epoch": number + 1,
-                "updated_at": moment,
-            }
-            decision = {
-                "id": sequence,
-                "at": moment,
-                "kind": "deploy",
-                "actor": "test",
-                "subject": release["name"],
-                "verdict": "deployed",
-                "reason": "all gates passed",
-                "evidence": {"gates": ["quality", "latency", "parity"] * 10},
-                "cycle": None,
-                "record_path": None,
-            }
-            changes = [
-                {"table": "releases", "key": digest, "row": release},
-                {"table": "slots", "key": "champion", "row": slot},
-            ]
-            record, seal = seal_record(sequence, previous, decision, changes)
-            rows["releases"].append(release)
-            rows["decisions"].append({**decision, "evidence": json.dumps(decision["evidence"])})
-            rows["audit"].append({"sequence": sequence, "record": record, "hash": seal})
-            previous, previous_digest = seal, digest
-        connection.execute(releases.insert(), rows["releases"])
-        connection.execute(decisions.insert(), rows["decisions"])
-        connection.execute(audit.insert(), rows["audit"])
-        connection.execute(slots.insert().values(**slot))
-        connection.execute(audit_head.update().values(records=sequence, hash=seal))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import importlib.util
+import json
 import multiprocessing
 import os
 import pwd
@@ -15,6 +16,11 @@ from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from mlops_workbench.core.audit import seal_record
+from mlops_workbench.core.clock import iso, timestamp
+from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.core.ledger_schema import audit, audit_head, decisions, releases, slots
 
 FORK = multiprocessing.get_context("fork")
 POSTGRESQL_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
@@ -133,3 +139,64 @@ def without_postgresql(address: str) -> Iterator[None]:
     yield
     back = start_postgresql(folder)
     atexit.register(back.kill)
+
+
+def many_releases(ledger: Ledger, count: int, refs: list[str]) -> float:
+    """Put releases on record as `Ledger.decision` would, each deployed once, a minute apart up to now; the first one's time."""
+    begun = timestamp() - 60 * count
+    with ledger.decision(
+        "start", actor="test", subject="ledger", verdict="made", reason="creates the tables"
+    ):
+        pass
+    previous_digest: str | None = None
+    with ledger._engine.begin() as connection:
+        head = connection.execute(audit_head.select()).one()
+        previous, first = head.hash, head.records + 1
+        rows: dict[str, list[dict[str, Any]]] = {"releases": [], "decisions": [], "audit": []}
+        for number in range(count):
+            sequence, digest, moment = first + number, f"{number:064x}", iso(begun + 60 * number)
+            release = {
+                "digest": digest,
+                "name": f"flights-r{number + 1}",
+                "recipe": "flights",
+                "data_version": refs[number % len(refs)],
+                "run_id": f"run{number}",
+                "path": f"/bundles/{digest}",
+                "status": "approved",
+                "created_at": moment,
+                "decision_id": sequence,
+            }
+            slot = {
+                "name": "champion",
+                "digest": digest,
+                "previous_digest": previous_digest,
+                "epoch": number + 1,
+                "updated_at": moment,
+            }
+            decision = {
+                "id": sequence,
+                "at": moment,
+                "kind": "deploy",
+                "actor": "test",
+                "subject": release["name"],
+                "verdict": "deployed",
+                "reason": "all gates passed",
+                "evidence": {"gates": ["quality", "latency", "parity"] * 10},
+                "cycle": None,
+                "record_path": None,
+            }
+            changes = [
+                {"table": "releases", "key": digest, "row": release},
+                {"table": "slots", "key": "champion", "row": slot},
+            ]
+            record, seal = seal_record(sequence, previous, decision, changes)
+            rows["releases"].append(release)
+            rows["decisions"].append({**decision, "evidence": json.dumps(decision["evidence"])})
+            rows["audit"].append({"sequence": sequence, "record": record, "hash": seal})
+            previous, previous_digest = seal, digest
+        connection.execute(releases.insert(), rows["releases"])
+        connection.execute(decisions.insert(), rows["decisions"])
+        connection.execute(audit.insert(), rows["audit"])
+        connection.execute(slots.insert().values(**slot))
+        connection.execute(audit_head.update().values(records=sequence, hash=seal))
+    return begun

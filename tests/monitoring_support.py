@@ -1,7 +1,10 @@
 """Helpers of the monitoring tests: releases with profiles, traffic as the server writes it."""
 
+import os
 import random
-from collections.abc import Mapping, Sequence
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from mlops_workbench.core.journal import JournalWriter
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.pointer import Pointer, SlotEntry, write_pointer
 from mlops_workbench.core.workspace import Workspace, create_workspace
+from mlops_workbench.monitoring import partitions
 from mlops_workbench.monitoring.profile import build_profile
 
 CATEGORIES = {"carrier": 16, "origin": 3, "dest": 100}
@@ -235,3 +239,28 @@ def shuffled(records: Sequence[Mapping[str, Any]], seed: int) -> list[Mapping[st
     mixed = list(records)
     random.Random(seed).shuffle(mixed)
     return mixed
+
+
+def killed_at(steps: int, work: Callable[[], object]) -> bool:
+    """Run `work` in a process that is killed at the n-th line of the partitions module."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal seen
+            if frame.f_code.co_filename != partitions.__file__:
+                return None
+            if event == "line":
+                seen += 1
+                if seen >= steps:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)

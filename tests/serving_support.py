@@ -104,6 +104,58 @@ def late_model(bias: float = 0.0, *, nan: bool = False, classes: int = 2) -> byt
     return bytes(model.SerializeToString())
 
 
+def with_nodes(*nodes: onnx.NodeProto, constants: Mapping[str, np.ndarray]) -> bytes:
+    """The logistic regression with further steps behind it, which make "probabilities" of "plain"."""
+    model = onnx.load_from_string(late_model())
+    model.graph.node[-1].output[0] = "plain"
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(
+        numpy_helper.from_array(value, name) for name, value in constants.items()
+    )
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def endless_model() -> bytes:
+    """A model that counts to 2^62 before it answers."""
+    inside = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go_on"], ["still"]),
+            helper.make_node("Mul", ["state", "one"], ["next"]),
+        ],
+        "turn",
+        [
+            helper.make_tensor_value_info("turn", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, ["rows", 2]),
+        ],
+        [
+            helper.make_tensor_value_info("still", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, ["rows", 2]),
+        ],
+    )
+    loop = helper.make_node("Loop", ["turns", "yes", "plain"], ["probabilities"], body=inside)
+    constants = {
+        "turns": np.array(1 << 62, dtype=np.int64),
+        "yes": np.array(True),
+        "one": np.array(1, dtype=np.float32),
+    }
+    return with_nodes(loop, constants=constants)
+
+
+def herd_model() -> bytes:
+    """A model that gives every row the mean answer of all rows of the request."""
+    mean = helper.make_node("ReduceMean", ["plain"], ["herd"], axes=[0], keepdims=1)
+    none = helper.make_node("Mul", ["plain", "zero"], ["nothing"])
+    added = helper.make_node("Add", ["nothing", "herd"], ["probabilities"])
+    return with_nodes(mean, none, added, constants={"zero": np.array(0, dtype=np.float32)})
+
+
+def doubled_model() -> bytes:
+    """A model whose probabilities sum to two."""
+    return with_nodes(helper.make_node("Add", ["plain", "plain"], ["probabilities"]), constants={})
+
+
 def picture_model(size: int = 16, shape: tuple[int, ...] = (1, 4, 4)) -> bytes:
     """Ten classes of small pictures by one matrix, as ONNX bytes."""
     weights = np.random.default_rng(0).normal(size=(size, 10)).astype(np.float32)
@@ -318,6 +370,15 @@ def logged(predictions: Path, kind: str = "prediction") -> list[dict[str, Any]]:
     return records
 
 
+def can_mount() -> bool:
+    """True where a process may mount a small file system of its own."""
+    probe = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt"]
+    try:
+        return subprocess.run(probe, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
 def make_workspace(root: Path, **serving_settings: object) -> Workspace:
     """A workspace with nothing in it but settings, which is all that a server needs."""
     root.mkdir(parents=True, exist_ok=True)
@@ -342,7 +403,7 @@ class Load:
         """Begin to ask."""
         self.running.set()
         for number in range(clients):
-            thread = threading.Thread(target=self._ask, args=(number,))
+            thread = threading.Thread(target=self._ask, args=(number,), daemon=True)
             thread.start()
             self.threads.append(thread)
         return self

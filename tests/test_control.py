@@ -15,7 +15,7 @@ from rollout_support import decisions, release_pair, split
 from serving_support import ROW, serving
 
 from mlops_workbench.cli.main import main
-from mlops_workbench.core.access import ROLES
+from mlops_workbench.core.access import MOVE_ROLES, ROLES
 from mlops_workbench.core.errors import GateRefusedError, IntegrityError
 from mlops_workbench.core.grants import access_path, grant, revoke
 from mlops_workbench.core.ledger import Ledger
@@ -85,6 +85,8 @@ def test_every_route_lets_in_whom_it_names_and_nobody_else(tmp_path: Path) -> No
         stranger = client.post("/api/rollback", json={"reason": "x"})
         assert stranger.status_code == 401 and "mwb access add" in stranger.json()["detail"]
     assert decisions(workspace) == [], "nothing of this changed anything"
+    asked = {route.path.rpartition("/")[2]: needed_role(route) for route in routes}
+    assert MOVE_ROLES.items() <= asked.items(), "a button of the page takes the role of its route"
 
 
 def test_a_revoked_token_is_refused_at_the_next_request(tmp_path: Path) -> None:

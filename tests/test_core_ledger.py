@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -13,10 +14,10 @@ from typing import Any
 
 import pytest
 import sqlalchemy
-from core_support import NO_POSTGRESQL, killed_after, postgresql_server, race
+from core_support import NO_POSTGRESQL, killed_after, many_releases, postgresql_server, race
 
 from mlops_workbench.core.audit import Head, read_head_file, verify_tables
-from mlops_workbench.core.clock import now
+from mlops_workbench.core.clock import iso, now
 from mlops_workbench.core.errors import ConflictError, LedgerError
 from mlops_workbench.core.files import canonical_json, sha256_bytes
 from mlops_workbench.core.ledger import Ledger
@@ -608,6 +609,32 @@ def test_the_command_says_where_and_exits_1(tmp_path: Path) -> None:
     assert broken.returncode == 1, broken
     places = [(row["sequence"], row["kind"]) for row in json.loads(broken.stdout)["problems"]]
     assert places == [(2, "swapped"), (4, "swapped")]
+
+
+@pytest.mark.slow
+def test_what_served_at_a_moment_is_told_within_a_second_among_ten_thousand_releases(
+    tmp_path: Path,
+) -> None:
+    """The whole command, its imports included, in processor seconds: what else the machine does is not measured."""
+    workspace = create_workspace(tmp_path / "factory", name="factory", recipe="flights")
+    ledger = Ledger(workspace.ledger_url)
+    begun = many_releases(ledger, 10_000, ["flights@v1.0", "flights@v1.1"])
+    assert ledger.verify().ok
+    here = [sys.executable, "-m", "mlops_workbench.cli.main", "audit", "asof", "--json"]
+    for number in (0, 5_000, 9_999):
+        moment = iso(begun + 60 * number + 30)[:19]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        told = subprocess.run(
+            [*here, moment], cwd=workspace.root, capture_output=True, text=True, check=True
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = sum(after[:2]) - sum(before[:2])
+        release = json.loads(told.stdout)["release"]
+        assert release["name"] == f"flights-r{number + 1}"
+        assert release["trained_on"] == f"flights@v1.{number % 2}"
+        assert release["put_there"]["why"] == "all gates passed"
+        assert seconds < 1.0, seconds
+        print(f"release {number + 1:,} of 10,000 told in {seconds:.2f} s")
 
 
 def test_the_lease_table_is_not_audited_and_does_not_disturb(url: str) -> None:

@@ -13,10 +13,10 @@ from data_support import files_under, kill_group, new_store, table, wait_until_r
 
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.data.defaults import data_slot, set_default_data
 from mlops_workbench.data.transfer import pull
 from mlops_workbench.data.versions import DataStore
 from mlops_workbench.pipeline.data_rollback import rollback_data
-from mlops_workbench.release.deployment import data_slot, set_default_data
 
 pytestmark = pytest.mark.slow
 KILLS = 50

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,23 +15,31 @@ from data_support import new_store, table
 
 from mlops_workbench.cli.main import main
 from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.data.defaults import default_versions
 from mlops_workbench.data.forced import forced_rows
 from mlops_workbench.data.quarantine import quarantined
 from mlops_workbench.data.versions import DataStore
 from mlops_workbench.pages.data_views import diff_tables
 from mlops_workbench.pages.difference import difference_html
-from mlops_workbench.pipeline.data_line import default_versions
 from mlops_workbench.pipeline.reuse import named_version
 
 NAMES = ["--key", "id", "--label", "late"]
 
 
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to copy from: 2,000 rows as delivered, and the workspace that has them as own@v1.0."""
+    folder = tmp_path_factory.mktemp("untouched")
+    assert snapshot(new_store(folder), good(2000), *NAMES) == 0
+    return folder
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> DataStore:
-    """A workspace with 2,000 rows in own@v1.0."""
-    made = new_store(tmp_path)
-    assert snapshot(made, good(2000), *NAMES) == 0
-    return made
+def store(untouched: Path, tmp_path: Path) -> DataStore:
+    """A copy of that workspace."""
+    shutil.copytree(untouched, tmp_path, symlinks=True, dirs_exist_ok=True)
+    return DataStore(Workspace.open(tmp_path / "workspace"))
 
 
 def good(rows: int, first: int = 0) -> pd.DataFrame:
@@ -366,3 +375,55 @@ def test_one_row_is_called_one_row(
     said = capsys.readouterr().out
     assert "1 version to" in said and "carrier: 1 row changed" in said
     assert not re.search(r"\b1 (rows|versions|objects|files)\b", said), said
+
+
+def test_one_bad_row_of_ten_waits_and_nine_come_in(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Few rows: a share of 10 % is one row, and says nothing about the delivery."""
+    ten = good(10, first=2000).astype({"temperature": object}).assign(extra=1)
+    ten.loc[3, "temperature"] = "abc"
+    assert snapshot(store, ten, "--append") == 0
+    said = capsys.readouterr().out
+    assert "1 row held back" in said and "missing" not in said
+    assert "extra: a new column" in said and "own@v1.0" in said  # what it was compared with
+    assert store.resolve("own").rows == 2009
+    worst = good(10, first=3000).assign(temperature="abc")
+    assert snapshot(store, worst, "--append") == 4  # all of them is another matter
+
+
+def test_a_row_that_was_turned_down_can_be_taken_in_later(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame, wrong = with_wrong_labels(1000, 12, first=2000)
+    assert snapshot(store, frame, "--append") == 0
+    key, here = sorted(wrong)[0], ["-w", str(store.root)]
+    assert main(["data", "review", "own", "--reject", key, *here]) == 0
+    assert asked(store, capsys, "data", "review", "own", "--rejected")[0]["id"] == key
+    assert main(["data", "review", "own", "--accept", key, *here]) == 0
+    assert "1 row accepted" in capsys.readouterr().out
+    assert key in set(store.load("own")["id"])
+    assert main(["data", "review", "mine", *here]) == 1  # no such data set
+    assert main(["data", "list", "mine", *here]) == 1
+
+
+def test_what_was_refused_once_gets_no_tolerance(
+    store: DataStore, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of forced rows, the worst half of the wrong ones goes: the rest would pass a first look, and stays marked."""
+    frame, wrong = with_wrong_labels(900, 160, first=2000)
+    assert snapshot(store, frame, "--append", "--force", "--batch", "may") == 0
+    keys = tmp_path / "keys"
+    here = ["-w", str(store.root)]
+    keys.write_text("\n".join(sorted(wrong)[:100]))
+    assert main(["data", "drop", "own", "--keys-from", str(keys), *here]) == 0
+    assert "stay marked" in capsys.readouterr().err
+    assert forced_rows(store, "own@v1.2").sum() == 800
+    assert "on v1.1 (forced)" in (main(["data", "list", "own", *here]), capsys.readouterr().out)[1]
+    keys.write_text("\n".join(sorted(wrong)[100:]))
+    assert main(["data", "drop", "own", "--keys-from", str(keys), *here]) == 0
+    assert (
+        "740 rows that had been forced in and stay pass the checks now" in capsys.readouterr().out
+    )
+    rows = store.rows("own@v1.3")
+    assert not forced_rows(store, "own@v1.3").any() and (rows["batch"] == "may").sum() == 740

@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -22,17 +23,17 @@ from remotes_support import start_command
 
 from mlops_workbench.cli.main import main
 from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.data.defaults import default_versions, set_default_data, withdrawn_versions
 from mlops_workbench.data.dvc import run_dvc
 from mlops_workbench.data.names import name_version
 from mlops_workbench.data.usage import used_by
 from mlops_workbench.data.versions import DataStore
 from mlops_workbench.pipeline.cycles import create_cycle, read_cycle
 from mlops_workbench.pipeline.data_gc import collect_data
-from mlops_workbench.pipeline.data_line import withdrawn_versions
 from mlops_workbench.pipeline.data_rollback import rollback_data
 from mlops_workbench.pipeline.manifest import read_manifest
 from mlops_workbench.pipeline.runner import CycleResult, run_stages
-from mlops_workbench.release.deployment import default_data, set_default_data
 
 NAMES = {"key": "id", "label": "late"}
 
@@ -127,7 +128,7 @@ LEARN = "choose_data(stage, data_version, stage.upstream('prepare', optional=Tru
 IMPORTS = """
 import pandas as pd
 from mlops_workbench.pipeline.outcome import choose_data
-from mlops_workbench.release.deployment import set_default_data
+from mlops_workbench.data.defaults import set_default_data
 """
 
 
@@ -190,8 +191,9 @@ def test_after_a_rollback_nothing_that_stands_on_the_bad_data_is_used_again(
 
 
 def test_one_decision_moves_everything(
-    store: DataStore, capsys: pytest.CaptureFixture[str]
+    store: DataStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Here, and in a clone, where no ledger is."""
     frame = table(300)
     for rows in (100, 200, 300):
         ref = store.snapshot("flights", frame[:rows], **NAMES).ref
@@ -213,9 +215,21 @@ def test_one_decision_moves_everything(
     assert "already" in capsys.readouterr().out
     assert len(ledger.decisions()) == before + 1
     assert main(["data", "rollback", "flights@v9.0", *here]) == 1
-    assert default_data(store.workspace, "flights") == "flights@v1.0"
+    assert default_versions(store.workspace)["flights"] == "flights@v1.0"
     assert main(["data", "list", *here]) == 0
-    assert "taken back" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "taken back" in listed
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(store.root), str(clone)], check=True)
+    there = ["-w", str(clone)]
+    assert main(["data", "list", *there]) == 0
+    assert capsys.readouterr().out.count("taken back") == listed.count("taken back") == 2
+    assert DataStore(Workspace.open(clone)).resolve("flights").ref == "flights@v1.0"
+    assert main(["data", "verify", *there]) == 1
+    assert "mwb data pull" in capsys.readouterr().err
+    remote = store.dvc.remote
+    assert main(["data", "pull", "flights@v1.0", "--from", remote, *there]) == 0
+    assert len(DataStore(Workspace.open(clone)).load("flights")) == 100
 
 
 def test_a_lost_version_is_not_rolled_back_to(store: DataStore) -> None:
@@ -229,7 +243,7 @@ def test_a_lost_version_is_not_rolled_back_to(store: DataStore) -> None:
             path.unlink()
     words = ["data", "rollback", "flights@v1.0", "-w", str(store.root)]
     assert main(words) == 1
-    assert default_data(store.workspace, "flights") == "flights@v1.1"
+    assert default_versions(store.workspace)["flights"] == "flights@v1.1"
 
 
 def test_labels_are_given_once(store: DataStore, capsys: pytest.CaptureFixture[str]) -> None:

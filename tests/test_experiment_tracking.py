@@ -225,8 +225,9 @@ print(kills, between)
     assert "shipping_problems" not in show_run(workspace, run_id).row.tags
 
 
-def test_no_run_stays_open_whenever_its_process_is_killed(workspace: Workspace) -> None:
-    """Whole small lives, from start to finish, killed at thirty random moments."""
+@pytest.mark.parametrize("kills", [10, pytest.param(30, marks=pytest.mark.slow)])
+def test_no_run_stays_open_whenever_its_process_is_killed(workspace: Workspace, kills: int) -> None:
+    """Whole small lives, from start to finish, killed at random moments."""
     ensure_store(workspace)
     run_forking(
         """
@@ -240,11 +241,12 @@ def live(number):
     ship_journal(workspace, run_id, folder)
     finish_run(workspace, run_id, "FINISHED")
 kills = number = 0
-while kills < 30:
+while kills < int(sys.argv[2]):
     number += 1
     kills += killed_after(forked_and_ready(lambda: live(number)), chance.uniform(0, 0.3))
 """,
         workspace.root,
+        str(kills),
     )
     before = {row.run_id: row.status for row in list_runs(workspace, 1000)}
     left = [run_id for run_id, status in before.items() if status == "RUNNING"]

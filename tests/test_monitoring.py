@@ -4,13 +4,11 @@ import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from monitoring_support import (
     draw_labels,
     draw_rows,
     flights_profile,
+    killed_at,
     label_records,
     make_workspace,
     point_to,
@@ -162,31 +161,6 @@ def counted(predictions: Path) -> Counter[str]:
         page = partitions.read_journal(segment, catalogue.segments.get(segment.name, 0))
         counts.update(r["id"] for r in page.records if r["kind"] == "prediction")
     return counts
-
-
-def killed_at(steps: int, work: Callable[[], object]) -> bool:
-    """Run `work` in a process that is killed at the n-th line of the partitions module."""
-    child = os.fork()
-    if child == 0:
-        seen = 0
-
-        def trace(frame: Any, event: str, _: Any) -> Any:
-            nonlocal seen
-            if frame.f_code.co_filename != partitions.__file__:
-                return None
-            if event == "line":
-                seen += 1
-                if seen >= steps:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return trace
-
-        sys.settrace(trace)
-        try:
-            work()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
 
 
 def test_a_compaction_killed_anywhere_loses_and_doubles_nothing(tmp_path: Path) -> None:
@@ -748,15 +722,3 @@ def test_figures_of_a_champion_without_evaluation_are_still_measured(
     with contextlib.suppress(FileNotFoundError):
         workspace.pointer_path.unlink()
     assert monitor_once(workspace, since=span[0], until=span[1]).champion is None
-
-
-def test_a_window_of_a_hundred_thousand_rows_is_read_in_seconds(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    rows = pd.concat([draw_rows(generator, 10_000)] * 10)
-    records = prediction_records(rows, release="a", since=START, until=START + HOUR)
-    write_log(tmp_path, records, segments=4)
-    compact(tmp_path, older_than_seconds=0)
-    started = time.process_time()
-    window = read_window(tmp_path, START, START + HOUR)
-    assert len(window.predictions) == 100_000
-    assert time.process_time() - started < 15

@@ -18,6 +18,7 @@ from data_support import new_store, table
 from pages_support import make_data, wait_until
 
 from mlops_workbench.cli.main import main
+from mlops_workbench.core.grants import grant
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
 from mlops_workbench.data.quarantine import review_list
@@ -161,13 +162,38 @@ def test_a_review_is_one_decision_and_one_version(workspace: Workspace) -> None:
 
 def test_a_decision_asked_for_twice_changes_nothing_the_second_time(workspace: Workspace) -> None:
     key = str(review_list(DataStore(workspace), "digits")[0]["id"])
-    values = {"dataset": "digits", "accept": [key], "reject": []}
+    values = {"dataset": "digits", "accept": [key], "reject": [], "token": "", "signature": ""}
     ids = [ask(workspace.read_models, "decide", **values) for _ in range(2)]
     data_work.answer_requests(workspace)
     answers = [read_answer(workspace.read_models, identity) for identity in ids]
     assert [answer is not None and answer.done for answer in answers] == [True, False]
     assert answers[1] is not None and "expected rows that wait" in answers[1].text
     assert [v.version for v in DataStore(workspace).versions("digits")][-1] == "v1.4"
+
+
+def test_with_tokens_rows_are_decided_by_an_operator_under_their_name(workspace: Workspace) -> None:
+    """A viewer may look; whoever leaves a request without a token, or signs as a viewer, is refused."""
+    tokens = {
+        role: grant(workspace, f"{role}-x", role, actor="root") for role in ("viewer", "operator")
+    }
+    reader.refresh(workspace, {})
+    page = data_page(workspace)
+    key = str(page.review.rows[0]["key"])
+    said = []
+    for role in (None, "viewer", "operator"):
+        if role is not None:
+            page.sign_in.field.value = tokens[role]
+        assert (page.review.send.layout.display == "") == (role == "operator"), role
+        page.on_record([key], [])  # as if the button were there
+        data_work.answer_requests(workspace)
+        page.update()
+        said.append(page.review_words.value)
+    assert "expected a token in force" in said[0] and "found viewer" in said[1]
+    assert "1 accepted" in said[2]
+    decision = Ledger(workspace.ledger_url).decisions(kind="review")[0]
+    assert decision.actor.startswith("operator-x (token ") and decision.actor.endswith(
+        " in the page"
+    )
 
 
 def test_a_file_that_is_no_request_is_answered_and_gone(workspace: Workspace) -> None:

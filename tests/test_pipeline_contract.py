@@ -266,7 +266,7 @@ tame = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=700, deadline=None, suppress_health_check=list(HealthCheck))
 @example({"text": '\\"' + CANARY})
 @given(st.dictionaries(names, values, max_size=3) | tame)
 def test_nothing_random_executes(given_values: dict[Any, Any]) -> None:

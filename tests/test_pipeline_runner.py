@@ -38,6 +38,7 @@ from mlops_workbench.core.errors import (
 )
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.data.defaults import set_default_data
 from mlops_workbench.pipeline.cycles import (
     create_cycle,
     current_cycle,
@@ -48,7 +49,6 @@ from mlops_workbench.pipeline.cycles import (
 from mlops_workbench.pipeline.manifest import read_manifest, read_run
 from mlops_workbench.pipeline.records import processes_of
 from mlops_workbench.pipeline.runner import Progress, run_stages
-from mlops_workbench.release.deployment import set_default_data
 
 TWO = {
     "1_make": stage_cells("make"),

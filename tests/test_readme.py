@@ -90,15 +90,45 @@ def test_the_demo_leaves_readable_notebooks_with_pictures(demo: Path) -> None:
 def test_the_serving_release_is_the_good_one_again(demo: Path) -> None:
     rows = json.loads(run("mwb release list --json", demo).stdout)
     status = {row["name"]: row["status"] for row in rows}
-    assert status == {"flights-r1": "approved", "flights-r2": "approved", "flights-r3": "barred"}
+    approved = dict.fromkeys(("flights-r1", "flights-r2", "flights-r3"), "approved")
+    assert status == {**approved, "flights-r4": "barred"}
     assert [row["name"] for row in rows if row["serves"]] == ["flights-r2"]
     again = subprocess.run(
-        [str(BIN / "mwb"), "run", "deploy", "-p", "deploy.release=flights-r3"],
+        [str(BIN / "mwb"), "run", "deploy", "-p", "deploy.release=flights-r4"],
         cwd=demo,
         capture_output=True,
         text=True,
     )
     assert again.returncode == 4 and "barred" in again.stdout + again.stderr
+
+
+def test_the_demo_shows_a_better_an_equal_and_a_worse_release(demo: Path) -> None:
+    """Three rollouts, three words of the controller, each with its interval, by the ordinary rules; no request failed."""
+    board = json.loads((demo / "board.json").read_text())["promises"]
+    measured = {promise["promise"]: promise["measured"] for promise in board}
+    better = measured["a better release takes over by itself"]
+    assert re.match(
+        r"flights-r2 better: brier -0\.\d+ \(from -\S+ to -\S+\), [\d,]+ labelled rows", better
+    )
+    assert measured["what was not shown does not take over"].startswith("flights-r3 not yet: ")
+    worse = measured["a worse release goes back by itself, data and model"]
+    assert (
+        worse.startswith("flights-r4 worse: brier +")
+        and "flights-r2 and flights@v1.1 again" in worse
+    )
+    assert measured["no request failed"].startswith("0 of ")
+    audit = json.loads(run("mwb audit list --json --limit 1000", demo).stdout)
+    moves = [
+        (row["subject"], row["verdict"]) for row in reversed(audit) if row["kind"] == "rollout"
+    ]
+    assert [verdict for name, verdict in moves if name == "flights-r2"] == [
+        "started", "advanced", "advanced", "promoted"
+    ]  # fmt: skip
+    assert moves[-1] == ("flights-r4", "aborted")
+    notebooks = list(demo.glob("runs/rollouts/*/*.ipynb"))
+    assert len(notebooks) == len(moves) - 2, (
+        "two were started by the stage, which is its own record"
+    )
 
 
 def test_the_commands_for_looking_around(clone: Path, demo: Path) -> None:

@@ -1,6 +1,7 @@
 """The rollout panel in a real browser: the comparison is drawn, and those who may move it by mouse and keyboard."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from rollout_support import decisions, release_pair
 from test_pages_browser import assert_no_sideways_scroll, assert_readable, focus_by_tab
 
 from mlops_workbench.core.clock import timestamp
+from mlops_workbench.core.grants import grant, revoke
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.pages.data_work import answer_requests
+from mlops_workbench.pages.monitoring import MonitoringPage, monitoring_page
 from mlops_workbench.pages.reader import refresh
 from mlops_workbench.pages.requests import ask, read_answer
 from mlops_workbench.release.rollout_judge import looks_file
@@ -129,20 +133,110 @@ def test_the_comparison_is_drawn_and_the_rollout_is_moved_by_keyboard(
     assert last.actor.endswith(" in the page") and last.reason == "wrong currency in the answers"
 
 
+def buttons(page: Page) -> set[str]:
+    """The buttons below the rollout that are shown."""
+    shown = page.locator(".mwb-moves button:visible").all_inner_texts()
+    return {text for text in shown if not text.startswith("Sign")}
+
+
+def sign_in(page: Page, token: str) -> None:
+    """Type a token and go on."""
+    page.get_by_label("Token").fill(token)
+    page.keyboard.press("Tab")
+
+
+def test_each_role_sees_its_buttons_and_a_revoked_token_loses_them(
+    moving: tuple[Workspace, str], page: Page, tmp_path: Path
+) -> None:
+    """A viewer may look, an operator pause and abort, a deployer promote too; what is done stands under the person's name."""
+    workspace, _ = moving
+    ledger = Ledger(workspace.ledger_url)
+    if ledger.open_rollout() is None:  # the other test ended it
+        start_rollout(workspace, "flights-r2", actor="ana", shares=(0.2, 0.5))
+    people = {
+        role: grant(workspace, f"{role}-x", role, actor="root")
+        for role in ("viewer", "operator", "deployer")
+    }
+    expect(page.get_by_label("Token")).to_be_visible(timeout=20_000)
+    assert buttons(page) == set()
+    sign_in(page, "mwb_00000000_guessed")
+    expect(page.get_by_text("This token is not in force")).to_be_visible(timeout=10_000)
+    for role, allowed in {
+        "viewer": set(),
+        "deployer": {"Pause", "Promote to all", "Abort"},
+        "operator": {"Pause", "Abort"},
+    }.items():
+        sign_in(page, people[role])
+        expect(page.get_by_text(f"Signed in as {role}-x, {role}")).to_be_visible(timeout=10_000)
+        page.wait_for_timeout(300)  # one button after the other comes
+        assert buttons(page) == allowed, role
+        if role != "operator":
+            page.get_by_role("button", name="Sign out").click()
+            expect(page.get_by_label("Token")).to_be_visible(timeout=10_000)
+    page.screenshot(path=tmp_path / "signed-in.png", full_page=True)
+    assert_readable(
+        page, [".mwb h2", ".mwb-banner strong", ".mwb p", ".mwb p strong", ".jupyter-button"]
+    )
+    page.get_by_label("Why").fill("complaints from JFK")
+    page.get_by_role("button", name="Pause").click()
+    expect(page.get_by_role("button", name="Resume")).to_be_visible(timeout=60_000)
+    said = ledger.decisions(kind="rollout")[0]
+    assert said.actor.startswith("operator-x (token ") and said.actor.endswith(" in the page")
+    files = [p for p in workspace.state.rglob("*.json") if people["operator"] in p.read_text()]
+    assert files == [], "a token was left in a file"
+    begun = time.monotonic()
+    revoke(workspace, people["operator"].split("_")[1], actor="root", reason="left the team")
+    expect(page.get_by_role("button", name="Abort")).to_be_hidden(timeout=5_000)
+    assert time.monotonic() - begun < 1.0
+    expect(page.get_by_text("Your token is not in force any more")).to_be_visible(timeout=5_000)
+
+
 def test_nobody_moves_a_rollout_where_the_settings_do_not_allow_it(tmp_path: Path) -> None:
     """No buttons; and whoever leaves the request all the same is refused."""
-    from mlops_workbench.pages.data_work import answer_requests
-    from mlops_workbench.pages.monitoring import monitoring_page
-
     workspace, _, new = release_pair(tmp_path / "w")
     start_rollout(workspace, new, actor="ana", shares=(0.2,))
     refresh(workspace, {})
-    shown = monitoring_page(workspace.read_models)
-    assert all(button.layout.display == "none" for button in shown.moves.buttons.values())
-    asked = ask(
-        workspace.read_models, "move", verb="promote", rollout="rollout-1", seen="1", reason="mine"
-    )
+    assert pressable(monitoring_page(workspace.read_models)) == []
+    stranger = {"token": "", "signature": ""}
+    asked = {"verb": "promote", "rollout": "rollout-1", "seen": "1", "reason": "mine", **stranger}
+    request = ask(workspace.read_models, "move", **asked)
     answer_requests(workspace)
-    answer = read_answer(workspace.read_models, asked)
+    answer = read_answer(workspace.read_models, request)
     assert answer is not None and not answer.done and "rollout_buttons" in answer.text
+    assert decisions(workspace) == ["started"]
+
+
+def pressable(page: MonitoringPage) -> list[str]:
+    """The buttons that a page shows."""
+    return [verb for verb, button in page.moves.buttons.items() if button.layout.display != "none"]
+
+
+def test_the_second_person_approves_in_the_page(tmp_path: Path) -> None:
+    """Where four eyes are asked for, a deployer approves; promoting it is then for somebody else."""
+    workspace, _, new = release_pair(tmp_path / "w")
+    place = workspace.root / "settings.ini"
+    place.write_text(place.read_text().replace("four_eyes = no ", "four_eyes = yes "))
+    workspace = Workspace.open(workspace.root)
+    start_rollout(workspace, new, actor="ana", shares=(0.2,))
+    token = grant(workspace, "dora", "deployer", actor="root")
+    said = []
+    known: dict[str, str] = {}
+    for verb, seen in (
+        ("approve", ["pause", "approve", "abort"]),
+        ("promote", ["pause", "promote", "abort"]),
+    ):
+        known = refresh(workspace, known)
+        shown = monitoring_page(workspace.read_models)
+        shown.moves.sign_in.field.value = token
+        shown.moves.tick()
+        assert pressable(shown) == seen
+        shown.moves.reason.value = "looked at the slices"
+        shown.moves.on_press(verb)
+        answer_requests(workspace)
+        shown.moves.tick()
+        said.append(shown.moves.words.value)
+    assert f"{new} is approved" in said[0]
+    assert "only the approval of dora" in said[1]
+    approval = Ledger(workspace.ledger_url).decisions(kind="approval")[0]
+    assert approval.actor.startswith("dora (token ") and approval.reason == "looked at the slices"
     assert decisions(workspace) == ["started"]

@@ -80,7 +80,8 @@ def test_a_shock_is_met_by_the_special_and_both_ways_go_by_themselves(
         traffic.send(10)
         assert tend_regimes(workspace, actor="controller") is None
         assert set(traffic.statuses) == {200}
-    assert report["special_mean"] > 0.9 and report["ordinary_mean"] < 0.65
+    assert report["special_mean"] > 0.85  # 0.95 in truth, of a few hundred rows
+    assert report["special_mean"] - report["ordinary_mean"] > 0.25
     gained = (report["special_mean"] - report["ordinary_mean"]) * report["labelled"]
     assert report["avoided"] == pytest.approx(gained, abs=1) and gained > 100
     assert 0 <= report["first_answer_ms"] < 1000

@@ -125,6 +125,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
     assert set(told) == set(recorded(undisturbed))
 
 
+@pytest.mark.slow
 def test_pictures_go_on_with_the_same_bytes_too(device: str, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     told = {"epochs": 4, "device": device}

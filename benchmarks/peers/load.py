@@ -6,68 +6,17 @@ import time
 from collections import deque
 from typing import cast
 
+from mlops_workbench.release.load import body_length, closed_loop, request_bytes
 
-class Asker(asyncio.Protocol):
-    """One keep-alive connection that asks again as soon as it is answered."""
-
-    def __init__(self, request: bytes, latencies: list[float], end: float) -> None:
-        self.request = request
-        self.latencies = latencies
-        self.end = end
-        self.received = b""
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        self.ask()
-
-    def ask(self) -> None:
-        self.asked = time.perf_counter()
-        if self.asked < self.end:
-            self.transport.write(self.request)
-        elif not self.done.done():
-            self.transport.close()
-            self.done.set_result(None)
-
-    def data_received(self, data: bytes) -> None:
-        self.received += data
-        head, separator, body = self.received.partition(b"\r\n\r\n")
-        if not separator:
-            return
-        if len(body) < body_length(head):
-            return
-        self.latencies.append(time.perf_counter() - self.asked)
-        if not self.received.startswith(b"HTTP/1.1 200"):
-            self.transport.close()
-            self.done.set_exception(RuntimeError(self.received.decode()))
-            return
-        self.received = b""
-        self.ask()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_exception(error or ConnectionError("the server closed the connection"))
+__all__ = ["Arrivals", "figures", "measure", "request_bytes"]
 
 
 async def measure(port: int, request: bytes, connections: int, seconds: float) -> list[float]:
-    """Latencies in seconds, sorted."""
-    loop = asyncio.get_running_loop()
-    latencies: list[float] = []
-    end = time.perf_counter() + seconds
-    askers = [
-        (await loop.create_connection(lambda: Asker(request, latencies, end), "127.0.0.1", port))[1]
-        for _ in range(connections)
-    ]
-    await asyncio.gather(*[asker.done for asker in askers])
-    return sorted(latencies)
-
-
-def request_bytes(body: bytes, path: str = "/predict", token: str = "") -> bytes:
-    """A POST as it goes over the wire."""
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    if token:
-        head += f"Authorization: Bearer {token}\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    """Latencies in seconds, sorted; RuntimeError with the first answer that is no 200."""
+    tally = await closed_loop(port, [request], connections, seconds)
+    if tally.failures:
+        raise RuntimeError(tally.failures[0])
+    return sorted(tally.seconds)
 
 
 def figures(latencies: list[float], connections: int, seconds: float) -> dict[str, float]:
@@ -152,8 +101,3 @@ class Slot(asyncio.Protocol):
             self.ask(self.arrivals.due.popleft())
         else:
             self.arrivals.idle.append(self)
-
-
-def body_length(head: bytes) -> int:
-    """The length that the head of an answer declares."""
-    return int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])

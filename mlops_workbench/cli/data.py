@@ -34,7 +34,7 @@ from mlops_workbench.cli.options import (
     workspace_option,
 )
 from ..core.digits import counted
-from ..core.errors import UsageError, WorkbenchError
+from ..core.errors import DataError, UsageError, WorkbenchError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,6 +164,8 @@ def list_versions(name: str | None, workspace: Path | None, as_json: bool) -> No
     Example: mwb data list flights
     """
     store = open_store(workspace)
+    if name is not None:
+        store.resolve(name)  # or says which data sets there are
     versions = store.versions(name)
     rows = [
         {**version.summary(), **links}
@@ -175,7 +177,10 @@ def list_versions(name: str | None, workspace: Path | None, as_json: bool) -> No
 # %% ../../nbs/cli/09_data.ipynb #a698f64b
 def _short(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a person wants to see of a version in a list; `mwb data show` has the rest."""
-    state = [row["state"], *(["forced"] if row["forced"] else []), *row["names"]]
+    forced = ["forced"] if row["forced"] else []
+    if row["forced_below"] and not forced:
+        forced = [f"on {row['forced_below'].partition('@')[2]} (forced)"]
+    state = [row["state"], *forced, *row["names"]]
     return {
         "ref": row["ref"],
         "state": ", ".join(filter(None, state)),
@@ -192,14 +197,24 @@ def _links(store: DataStore, versions: Sequence[DataVersion]) -> list[dict[str, 
     """What each version is called, whether it counts, and the releases made from it."""
     from mlops_workbench.core.ledger import Ledger
     from mlops_workbench.data.names import named_versions
-    from mlops_workbench.pipeline.data_line import default_versions, withdrawn_versions
+    from mlops_workbench.data.defaults import default_versions, withdrawn_versions
 
     names = named_versions(store.root, versions)
     defaults, withdrawn = default_versions(store.workspace), withdrawn_versions(store.workspace)
     releases = Ledger(store.workspace.ledger_url).releases() if defaults else []
     state = {ref: "taken back" for ref in withdrawn} | dict.fromkeys(defaults.values(), "default")
+    known = {version.ref: version for version in store.versions()}
+
+    def forced_below(version: DataVersion) -> str:
+        """The nearest forced version that this one was made from; "" without one."""
+        at = known.get(version.parent or "")
+        while at is not None and not at.forced:
+            at = known.get(at.parent or "")
+        return "" if at is None else at.ref
+
     return [
         {
+            "forced_below": forced_below(version),
             "names": [each.name for each in names if each.ref == version.ref],
             "state": state.get(version.ref, ""),
             "releases": [row.name for row in releases if row.data_version == version.ref],
@@ -218,7 +233,8 @@ def show_version(ref: str, workspace: Path | None, as_json: bool) -> None:
     Example: mwb data show flights@v1.1
     """
     from mlops_workbench.data.forced import forced_rows
-    from mlops_workbench.recipes.protocol import class_name, known_classes
+    from mlops_workbench.data.findings import class_name
+    from mlops_workbench.recipes.protocol import known_classes
 
     store = open_store(workspace)
     version = store.resolve(ref)
@@ -248,7 +264,8 @@ def show_diff(before: str, after: str, rows: int, workspace: Path | None, as_jso
     Example: mwb data diff flights@v1.0 v1.1 --rows 20
     """
     from mlops_workbench.data.names import whole_ref
-    from mlops_workbench.recipes.protocol import class_name, known_classes
+    from mlops_workbench.data.findings import class_name
+    from mlops_workbench.recipes.protocol import known_classes
 
     store = open_store(workspace)
     refs = whole_ref(store.workspace, before, after), whole_ref(store.workspace, after, before)
@@ -277,7 +294,7 @@ def show_diff(before: str, after: str, rows: int, workspace: Path | None, as_jso
 # %% ../../nbs/cli/09_data.ipynb #dfef3bb6
 def _diff_lines(difference: DataDiff, classes: Sequence[str]) -> Iterator[str]:
     """What changed, counted: rows of each kind, columns, labels, types."""
-    from mlops_workbench.recipes.protocol import class_name
+    from mlops_workbench.data.findings import class_name
 
     counts = ", ".join(f"{count:,} {kind}" for kind, count in difference.counts.items())
     yield f"{difference.before} -> {difference.after}: {counts}"
@@ -345,18 +362,26 @@ def verify(ref: str | None, repair: bool, workspace: Path | None, as_json: bool)
     Example: mwb data verify flights@v1.1
     """
     store = open_store(workspace)
+    if store.versions() and not store.holds_content():
+        raise DataError(
+            f"expected the content of {counted(len(store.versions()), 'version')}, found only what git knows of them; "
+            "fetch it from where it was pushed to: `mwb data pull --from REMOTE`"
+        )
     with waiting("hashing every file"):
         found = store.verify(store.resolve(ref).ref if ref else None, repair=repair)
     print_table([vars(problem) for problem in found], as_json, empty="every file is whole")
     lasting = [problem for problem in found if not problem.repaired]
     if lasting:
+        absent = all(problem.what == "missing" for problem in lasting)
         advice = (
-            "restore the remote from a backup"
+            "fetch them from where they were pushed to: `mwb data pull --from REMOTE`"
+            if absent
+            else "restore the remote from a backup"
             if repair
             else "run `mwb data verify` to repair what can be"
         )
         raise WorkbenchError(
-            f"expected whole files, found {len(lasting)} damaged, first {lasting[0].path} "
+            f"expected whole files, found {len(lasting)} {'missing' if absent else 'damaged'}, first {lasting[0].path} "
             f"({lasting[0].place} of {lasting[0].ref}); {advice}"
         )
 

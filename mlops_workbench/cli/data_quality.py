@@ -76,10 +76,10 @@ def infer_schema(
 def _dataset(store: Any) -> str:
     """The default version of the recipe's data set, or its name while there is none."""
     from mlops_workbench.recipes.protocol import load_recipe
-    from mlops_workbench.release.deployment import default_data
+    from mlops_workbench.data.defaults import default_versions
 
     name = load_recipe(store.workspace.settings.workspace.recipe, store.root).dataset
-    return default_data(store.workspace, name) or name
+    return default_versions(store.workspace).get(name, name)
 
 # %% ../../nbs/cli/26_data_quality.ipynb #f630c74a
 @click.command("review")
@@ -87,6 +87,9 @@ def _dataset(store: Any) -> str:
 @click.option("--accept", multiple=True, metavar="KEY", help="Take this row in; may be repeated.")
 @click.option("--reject", multiple=True, metavar="KEY", help="Turn this row down.")
 @click.option("--accept-all", is_flag=True, help="Take in every row that waits.")
+@click.option(
+    "--rejected", is_flag=True, help="Show what was turned down; --accept KEY still takes it in."
+)
 @click.option("-m", "--message", default="", help="Why; stays on record.")
 @workspace_option
 @json_option
@@ -95,6 +98,7 @@ def review(
     accept: tuple[str, ...],
     reject: tuple[str, ...],
     accept_all: bool,
+    rejected: bool,
     message: str,
     workspace: Path | None,
     as_json: bool,
@@ -107,13 +111,21 @@ def review(
     """
     from getpass import getuser
 
-    from mlops_workbench.data.quarantine import review_list, review_rows, waiting_names
+    from mlops_workbench.data.quarantine import WAITING, review_list, review_rows, waiting_names
     from mlops_workbench.data.versions import DataStore
+    from mlops_workbench.recipes.protocol import known_classes
 
     store = DataStore(Workspace.open(workspace))
-    names = [name] if name else waiting_names(store)
+    state = "rejected" if rejected else WAITING
+    if name:
+        store.resolve(name)
+    names = [name] if name else waiting_names(store, state)
     if not (accept or reject or accept_all):
-        _show_waiting({each: review_list(store, each) for each in names}, not name, as_json)
+        found = {
+            each: review_list(store, each, state, known_classes(store.workspace, each))
+            for each in names
+        }
+        _show_waiting(found, not name, as_json)
         return
     name = _one_name(names) if names else _dataset(store).split("@")[0]
     if accept_all:

@@ -89,6 +89,7 @@ def version_columns(
         features = recipe.features
         known = {"key": known["key"] or features.key, "label": known["label"] or features.label}
         known |= {"schema": recipe.schema(), "features": [each.name for each in features.features]}
+        known["classes"] = features.classes
     for option in ("key", "label"):
         if not known[option]:
             there = ", ".join(map(str, columns[:20]))
@@ -118,6 +119,7 @@ def take_rows(
     label: str,
     schema: Any = None,
     features: Sequence[str] | None = None,
+    classes: Sequence[str] = (),
     append: bool = False,
     replace: bool = False,  # also when the table has less than half of the rows before
     order: Sequence[str] = (),
@@ -135,7 +137,7 @@ def take_rows(
     from mlops_workbench.data.intake import deliver, judge, take_in
     from mlops_workbench.data.validation import refuse
     from mlops_workbench.pipeline.data_rollback import base_version
-    from mlops_workbench.release.deployment import set_default_data
+    from mlops_workbench.data.defaults import set_default_data
 
     with store.taking_in():
         base = base_version(store.workspace, name)
@@ -147,6 +149,7 @@ def take_rows(
         how: dict[str, Any] = {
             "schema": schema,
             "features": features,
+            "classes": classes,
             "skip": order,
             "pictures": pictures,
         }
@@ -168,6 +171,7 @@ def take_rows(
             report,
             by=by,
             source=batch or message,
+            classes=classes,
             force=force,
             **names,
             **made,
@@ -209,6 +213,9 @@ def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any
         return
     verdict = "unchanged" if version.unchanged else "forced" if version.forced else "stored"
     click.echo(f"{version.ref}  {verdict}  {counted(version.rows, 'row')} {what}")
+    if intake.report is not None and intake.report.problems and version.parent:
+        judged = counted(intake.report.rows, "new or changed row")
+        click.echo(f"  {judged} beside the {intake.report.previous_rows:,} of {version.parent}:")
     for problem in [] if intake.report is None or version.unchanged else intake.report.problems:
         click.echo(f"  {problem.severity}: {problem.column}: {problem.text}")
     if intake.quarantine is not None:

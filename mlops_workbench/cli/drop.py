@@ -57,7 +57,7 @@ def drop(
     from mlops_workbench.data.drop import drop_rows, read_keys
     from mlops_workbench.data.forced import forced_keys, forced_rows
     from mlops_workbench.data.versions import DataStore
-    from mlops_workbench.release.deployment import set_default_data
+    from mlops_workbench.data.defaults import set_default_data
 
     if (keys_file is None) != drop_forced:
         raise UsageError("expected --keys-from FILE or --forced, found both or neither; name one")
@@ -70,17 +70,20 @@ def drop(
         else:
             keys, clean = forced_keys(store, ref)
             as_in = as_in or clean
+        before = store.rows(ref)["key"][forced_rows(store, ref)]
         about = version_columns(store, ref.partition("@")[0], [], "", "")
-        checks = {name: about[name] for name in ("schema", "features") if name in about}
+        checks = {name: about[name] for name in ("schema", "features", "classes") if name in about}
         version = drop_rows(store, ref, keys, message=message, as_in=as_in, **checks)
         set_default_data(opened, version.ref, actor=getpass.getuser(), reason=version.message)
     left = int(forced_rows(store, version).sum())
+    cleared = int((~before.isin(set(map(str, keys)))).sum()) - left
     record = {
         "ref": version.ref,
         "rows": version.rows,
         "parent": version.parent,
         "left_out": len(keys),
         "rows_against_checks": left,
+        "rows_that_pass_now": cleared,
     }
     if as_json:
         print_json(record)
@@ -88,6 +91,11 @@ def drop(
     click.echo(
         f"{version.ref}  stored  {counted(version.rows, 'row')}; to learn from it: mwb run train evaluate deploy -p data_version={version.ref}"
     )
+    if cleared > 0:
+        click.echo(
+            f"{counted(cleared, 'row')} that had been forced in and stay pass the checks now, their labels as those of any "
+            "honest rows: no longer marked"
+        )
     if left:
         click.echo(
             f"warning: {counted(left, 'row')} of it had been forced in against the checks and stay marked, no gate lets a model "

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,7 +23,7 @@ from ..core.ledger import Ledger
 from ..core.workspace import Workspace
 
 # %% auto #0
-__all__ = ['release', 'list_releases', 'show_release', 'clear', 'approve']
+__all__ = ['release', 'list_releases', 'show_release', 'clear', 'approve', 'import_model', 'trust']
 
 # %% ../../nbs/cli/20_release.ipynb #b7fe3d0f
 @click.group()
@@ -84,12 +85,39 @@ def show_release(name: str, workspace: Path | None, as_json: bool) -> None:
         for gate in gates
     ]
     record = {**vars(row), "rows": _rows_of(opened, row.data_version)}
+    told = _told_by(Path(row.path))
     if as_json:
-        print_json({**record, "gates": rows})
+        print_json({**record, **told, "gates": rows})
         return
+    record |= {name: value.pop("words") for name, value in told.items() if "words" in value}
+    if "imported" in told:
+        record |= told["imported"]
     print_record(record, False)
     click.echo()
     print_table(rows, False, empty="no gate judged it")
+
+# %% ../../nbs/cli/20_release.ipynb #ff84d370
+def _told_by(bundle: Path) -> dict[str, dict[str, Any]]:
+    """What a bundle tells of itself, each with its sentence; nothing of one that is gone or damaged."""
+    from mlops_workbench.core.bundle import read_manifest
+    from mlops_workbench.core.errors import WorkbenchError
+    from mlops_workbench.core.files import read_json
+    from mlops_workbench.release.gates import OPTIMISATION_FILE
+    from mlops_workbench.release.probe import read_proof
+
+    told: dict[str, dict[str, Any]] = {}
+    try:
+        manifest, proof = read_manifest(bundle), read_proof(bundle)
+        if OPTIMISATION_FILE in manifest.files:
+            found = read_json(bundle / OPTIMISATION_FILE)
+            told["optimisation"] = {**found, "words": found["reason"]}
+    except (WorkbenchError, OSError, KeyError):
+        return told
+    if proof is not None:
+        told["load"] = {**proof.as_dict()["load"], "words": proof.load.words}
+    if manifest.kind != "onnx":
+        told["imported"] = {"kind": manifest.kind, **manifest.parameters}
+    return told
 
 # %% ../../nbs/cli/20_release.ipynb #a6e70f0c
 def _rows_of(workspace: Workspace, data_version: str) -> int | None:
@@ -134,3 +162,54 @@ def approve(name: str, reason: str, workspace: Path | None) -> None:
         Workspace.open(workspace), name, actor=getpass.getuser(), reason=reason
     )
     click.echo(f"{name} ({digest[:12]}) is approved by {getpass.getuser()}")
+
+# %% ../../nbs/cli/20_release.ipynb #211da5e1
+@release.command("import")
+@click.argument("source")
+@click.option(
+    "--name", default="", help="What its releases are called: iris gives iris-r1, iris-r2."
+)
+@workspace_option
+def import_model(source: str, name: str, workspace: Path | None) -> None:
+    """Bring in an MLflow model as a release: a folder, runs:/ID/model, a run's id or models:/NAME/VERSION. Nothing of it is run.
+
+    Example: mwb release import models:/iris/3 --name iris
+    """
+    import getpass
+
+    from mlops_workbench.release.imports import import_model as bring_in
+
+    made = bring_in(Workspace.open(workspace), source, name=name, actor=getpass.getuser())
+    click.echo(
+        f"{made.name} ({made.digest[:12]}) is here and was not run; look at it: mwb release show {made.name}; then say that its "
+        f"code may run here: mwb release trust {made.name} -m WHY"
+    )
+
+# %% ../../nbs/cli/20_release.ipynb #2787a531
+@release.command("trust")
+@click.argument("name")
+@click.option(
+    "-m", "--reason", required=True, help="Why its code may run here; stands in the audit."
+)
+@click.option("--withdraw", is_flag=True, help="Take the word back: it is never loaded again.")
+@workspace_option
+def trust(name: str, reason: str, withdraw: bool, workspace: Path | None) -> None:
+    """Say that an imported model may run its code here; bound to the digest of all its files.
+
+    Example: mwb release trust iris-r1 -m "trained by our team, run 4f2a"
+    """
+    import getpass
+
+    from mlops_workbench.release.imports import trust_release
+
+    digest = trust_release(
+        Workspace.open(workspace), name, actor=getpass.getuser(), reason=reason, withdraw=withdraw
+    )
+    if withdraw:
+        click.echo(
+            f"{name} ({digest[:12]}) is not trusted any more; a server that runs it goes on until another one serves"
+        )
+        return
+    click.echo(
+        f"{name} ({digest[:12]}) is trusted by {getpass.getuser()}; let it serve: mwb run deploy -p deploy.release={name}"
+    )

@@ -32,7 +32,7 @@ def rollback(to: str | None, reason: str, bar: bool, workspace: Path | None) -> 
     """
     import time
 
-    from mlops_workbench.pipeline.data_line import withdrawn_versions
+    from mlops_workbench.data.defaults import withdrawn_versions
     from mlops_workbench.pipeline.deploy import wait_for_release
     from mlops_workbench.release import deployment
 

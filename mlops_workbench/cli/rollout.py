@@ -47,8 +47,11 @@ def read_steps(text: str) -> tuple[float, ...]:
 @click.option(
     "-m", "--reason", default="all gates passed", show_default=True, help="Stands in the audit."
 )
+@click.option(
+    "--force", is_flag=True, help="Start although a gate refused it; stands in the audit."
+)
 @workspace_option
-def start(name: str, steps: str, reason: str, workspace: Path | None) -> None:
+def start(name: str, steps: str, reason: str, force: bool, workspace: Path | None) -> None:
     """Give an approved release its first share of the traffic.
 
     `mwb loop` (part of `mwb up`) tends it from then on: more traffic, all of it, or back.
@@ -61,7 +64,12 @@ def start(name: str, steps: str, reason: str, workspace: Path | None) -> None:
 
     opened = Workspace.open(workspace)
     rollout = start_rollout(
-        opened, name, actor=getpass.getuser(), shares=read_steps(steps), reason=reason
+        opened,
+        name,
+        actor=getpass.getuser(),
+        shares=read_steps(steps),
+        reason=reason,
+        force=force,
     )
     start_writer(opened)
     click.echo(

@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
@@ -43,11 +43,13 @@ class BundleManifest(BaseModel):
     lock_digest: str
     files: dict[str, str]  # path inside the bundle -> sha256
     inputs: tuple[str, ...]  # names of the model's inputs
+    kind: Literal["onnx", "pyfunc"] = "onnx"
 
 # %% ../../nbs/core/07_bundle.ipynb #e4cdb071
 def manifest_digest(manifest: BundleManifest) -> str:
-    """The SHA-256 of the manifest's canonical JSON without its `digest`."""
-    return digest_of(manifest.model_dump(mode="json", exclude={"digest"}))
+    """The SHA-256 of the manifest's canonical JSON without its `digest`, and without the kind where it is the usual one."""
+    usual = {"digest", "kind"} if manifest.kind == "onnx" else {"digest"}
+    return digest_of(manifest.model_dump(mode="json", exclude=usual))
 
 # %% ../../nbs/core/07_bundle.ipynb #b29e9e23
 def read_manifest(folder: Path) -> BundleManifest:

@@ -81,6 +81,8 @@ class ReleaseSettings(SettingsSection):
 
     parity_tolerance: float = Field(default=1e-4, gt=0)
     latency_requests: int = Field(default=300, ge=20)
+    load_seconds: float = Field(default=1.0, ge=0.1, le=60)
+    load_connections: int = Field(default=16, ge=1, le=256)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
 
 # %% ../../nbs/core/03_settings.ipynb #559254e9
@@ -145,7 +147,13 @@ class ServingSettings(SettingsSection):
     maximum_body_bytes: int = Field(default=10_485_760, ge=1024)
     sync_interval_ms: int = Field(default=50, ge=0)
     segment_bytes: int = Field(default=16_777_216, ge=65_536)
+    full_disk: Literal["refuse", "count"] = "refuse"
+    large_row_bytes: int = Field(default=0, ge=0)
+    large_row_share: float = Field(default=0.1, gt=0, le=1)
     workers: int = Field(default=1, ge=1, le=64)
+    optimise: Literal["auto", "off"] = "auto"
+    open_seconds: float = Field(default=60.0, gt=0)
+    pyfunc_seconds: float = Field(default=10.0, gt=0)
 
 # %% ../../nbs/core/03_settings.ipynb #72e5b358
 class MonitoringSettings(SettingsSection):
@@ -158,6 +166,8 @@ class MonitoringSettings(SettingsSection):
     false_alarm_rate: float = Field(default=0.05, gt=0, lt=1)
     minimum_effect: float = Field(default=0.1, ge=0)
     maximum_age_seconds: float = Field(default=300, gt=0)
+    log_days: float = Field(default=0, ge=0)
+    segment_days: float = Field(default=0, ge=0)
 
 # %% ../../nbs/core/03_settings.ipynb #fdff6b55
 class UpdateSettings(SettingsSection):
@@ -205,6 +215,7 @@ class GateSettings(SettingsSection):
     latency_p99_ms: float = Field(default=100.0, gt=0)
     slice_margin: float = Field(default=0.2, ge=0)
     minimum_slice_rows: int = Field(default=200, ge=1)
+    optimise_margin: float = Field(default=0.001, ge=0)
 
 # %% ../../nbs/core/03_settings.ipynb #54cb1db6
 class AlertRule(SettingsSection):

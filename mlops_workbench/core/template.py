@@ -52,6 +52,8 @@ lease_seconds = 30                    ; a runner that dies frees the workspace a
 [release]
 parity_tolerance = 1e-4               ; largest difference between the torch and the exported model
 latency_requests = 300                ; requests that the latency gate measures
+load_seconds = 1.0                    ; and so long it is asked as fast as it answers, for the figures in the bundle
+load_connections = 16                 ; by so many clients at once
 confidence = 0.95                     ; of the intervals that the gates print
 
 [rollout]
@@ -79,7 +81,13 @@ maximum_rows = 10000                  ; rows in one request
 maximum_body_bytes = 10485760         ; bytes in one request
 sync_interval_ms = 50                 ; the prediction log is forced to the disk so often; 0: at every reply
 segment_bytes = 16777216              ; a file of the prediction log is closed at this size
+full_disk = refuse                    ; no room for the log: refuse (503), or count: answer, and count what is not logged
+large_row_bytes = 0                   ; of rows with more bytes only a share is logged with its inputs; 0: all are
+large_row_share = 0.1                 ; that share; each record says it, so that figures can be weighed
 workers = 1                           ; processes that answer at the one port; as many as cores
+optimise = auto                       ; a release is made faster where its quality allows; off: it serves as exported
+open_seconds = 60                     ; a release that takes longer to load never receives traffic
+pyfunc_seconds = 10                   ; an answer of another MLflow model that takes longer is given up: 503
 """
 
 # %% ../../nbs/core/16_template.ipynb #cbdd0d1e
@@ -92,6 +100,8 @@ interval_seconds = 60                 ; under `mwb up` the monitor looks so ofte
 false_alarm_rate = 0.05               ; of drift, over all columns of one window in which nothing moved
 minimum_effect = 0.1                  ; a smaller shift is no drift, however sure (in standard deviations or share)
 maximum_age_seconds = 300             ; figures older than this are shown as old
+log_days = 0                          ; the prediction log is kept so long, and what a rollout needs longer; 0: for ever
+segment_days = 0                      ; its raw files stay so long once they are in the hourly ones; 0: not at all
 
 [update]
 minimum_new_rows = 1000               ; retrain when so many labelled rows are new
@@ -104,7 +114,7 @@ host = 127.0.0.1                      ; of the web pages
 port = 8866                           ; of the web pages; 0: any free port
 idle_seconds = 300                    ; a page's kernel without a viewer ends after so long
 refresh_seconds = 5                   ; an open page reads again so often
-rollout_buttons = no                  ; yes: whoever may see the page may pause, resume, promote and abort a rollout
+rollout_buttons = no                  ; yes: whoever sees the page may move a rollout, until there are tokens: mwb access
 
 [control]
 host = 127.0.0.1                      ; of the control plane, which asks everybody for a token
@@ -127,6 +137,7 @@ champion_margin = 0.01                ; and so is one that is worse than the cha
 latency_p99_ms = 100                  ; slowest of 100 replies, measured through the real server
 slice_margin = 0.2                    ; no slice (an airport, an airline) may be worse than the whole by more
 minimum_slice_rows = 200              ; smaller slices are not judged
+optimise_margin = 0.001               ; a faster form of the model may lose so much of the metric
 
 [gates.digits]
 metric = accuracy                     ; share of pictures that are read rightly
@@ -177,6 +188,14 @@ operator = above                      ; the wrong side of the threshold
 threshold = 0.01                      ; one in a hundred
 action = notify                       ; tell the channels
 severity = critical                   ; warning or critical
+
+[alert.unlogged]
+metric = unlogged_share               ; answers without a record, as the disk was full (serving.full_disk = count)
+operator = above                      ; the wrong side of the threshold
+threshold = 0                         ; none
+for_windows = 1                       ; windows in a row before it fires
+action = notify                       ; tell the channels
+severity = critical                   ; warning or critical
 """
 
 # %% ../../nbs/core/16_template.ipynb #d01c2e88
@@ -224,6 +243,7 @@ champion_margin = 0.01                ; a release that is worse than the champio
 latency_p99_ms = 100                  ; slowest of 100 replies, measured through the real server
 slice_margin = 0.2                    ; no slice may be worse than the whole by more than this
 minimum_slice_rows = 200              ; smaller slices are not judged
+optimise_margin = 0.001               ; a faster form of the model may lose so much of the metric
 """
 
 # %% ../../nbs/core/16_template.ipynb #e6b37caa

@@ -5,9 +5,10 @@
 # %% ../../nbs/data/34_columns.ipynb #6a297e8e
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,20 +88,28 @@ def usual_change(
     typical = (float(flags.sum()) + 0.5) / (len(flags) + 1)
     chance = (typical * (1 - typical) / rows) ** 0.5
     observed = float(np.std(shares, ddof=1)) if len(shares) > 1 else 0.0
-    reach = max(float(stats.t.ppf(0.999, max(len(shares) - 1, 1))) * observed, CERTAIN * chance)
+    few = float(stats.binom.isf(stats.norm.sf(CERTAIN), rows, typical)) / rows - float(flags.mean())
+    reach = max(
+        float(stats.t.ppf(0.999, max(len(shares) - 1, 1))) * observed, CERTAIN * chance, few
+    )
     return float(reach * (1 + 1 / len(shares)) ** 0.5)
 
 # %% ../../nbs/data/34_columns.ipynb #c5b186ce
 def check_missing(
-    frame: pd.DataFrame, previous: pd.DataFrame, column: str, key: str, allowed: float
+    frame: pd.DataFrame,
+    previous: pd.DataFrame,
+    column: str,
+    key: str,
+    allowed: float,
+    unread: Collection[int] = (),  # places of cells that are no gaps, but could not be read
 ) -> list[Problem]:
     """A finding when the share of missing values changed by more than allowed and more than usual."""
-    absent = frame[column].isna()
+    absent = frame[column].isna() & ~np.isin(np.arange(len(frame)), list(unread))
     before, after = float(previous[column].isna().mean()), float(absent.mean())
     change = abs(after - before)
     if change <= allowed or change <= usual_change(previous[column].isna().to_numpy(), len(frame)):
         return []
-    text = f"{after:.1%} of the values are missing, {before:.1%} in the version before"
+    text = f"{after:.1%} of the values are missing ({int(absent.sum()):,} of {len(frame):,}), {before:.1%} in the version before"
     rule = f"a share of missing values within {allowed:.0%} of the one before"
     severity: Severity = "refuse" if after > before else "remark"
     found = row_problem(
@@ -121,7 +130,15 @@ def check_range(
     values = frame[column].astype(float)
     outside = (values < low) | (values > high)
     if not outside.any():
-        return []
+        below = values < 0
+        if known.min() < 0 or not below.any() or len(previous) < FEW:
+            return []
+        text = f"{counted(int(below.sum()), 'value')} below 0, first {values[below].iloc[0]:g}, where none was before"
+        rule = "no values below 0, as before"
+        told = row_problem(
+            frame, below, key=key, column=column, rule=rule, text=text, severity="remark"
+        )
+        return [told]
     large = outside.mean() > RANGE_SHARE
     absurd = (values < known.min() - ABSURD * width) | (values > known.max() + ABSURD * width)
     severity: Severity = "remark"
@@ -177,9 +194,16 @@ def check_against(
     key: str,
     allowed_missing: float,
     skip: Sequence[str] = (),  # columns that move by themselves, such as the time
+    unread: Mapping[str, Collection[int]] = MappingProxyType({}),  # column -> places of `fit_cells`
 ) -> list[Problem]:
-    """The findings about every column of the version before."""
-    problems = []
+    """The findings about every column of the version before, and a remark for each that it does not have."""
+    problems = [
+        Problem(
+            str(name), "the columns of the version before", len(frame), (), "a new column", "remark"
+        )
+        for name in frame.columns
+        if name != key and name not in previous.columns
+    ]
     for column in previous.columns:
         if column == key:
             continue
@@ -188,7 +212,9 @@ def check_against(
             text = f"{MISSING}{_hint(column, frame, previous)}"
             problems.append(Problem(column, rule, len(frame), (), text))
             continue
-        problems += check_missing(frame, previous, column, key, allowed_missing)
+        problems += check_missing(
+            frame, previous, column, key, allowed_missing, unread.get(column, ())
+        )
         if not frame[column].notna().any() or not previous[column].notna().any():
             continue
         kinds = column_kind(previous[column]), column_kind(frame[column])

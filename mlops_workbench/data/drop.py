@@ -18,6 +18,7 @@ from ..core.errors import DataError, UsageError, shorten
 from .forced import before_force, forced_rows, line_of
 from .intake import deliver, judge
 from .records import DataVersion
+from .validation import ValidationReport
 from .versions import DataStore
 
 # %% ../../nbs/data/41_drop.ipynb #96484637
@@ -59,8 +60,9 @@ def drop_rows(
 ) -> DataVersion:
     """Store a new version without these rows; rows that `as_in` knows come back as they stand there. Raises DataError.
 
-    Rows that had been forced in and stay are checked again, unless most of them went: when they pass now, the new version
-    stands on the last one before the force, and is not forced itself. Else they stay marked.
+    Rows that had been forced in and stay are checked again, unless most of them went: when they pass now, and no more of
+    their labels look wrong than in honest rows by chance, the new version stands on the last one before the force, and is
+    not forced itself. Else they stay marked: what was refused once gets no tolerance.
     """
     version = store.resolve(ref)
     frame = store.load(version)
@@ -89,10 +91,26 @@ def drop_rows(
     ):
         delivery = deliver(store, clean, kept, version.key)
         report = judge(store, delivery, **names, **checks)
-        if report is not None and report.verdict == "accept":
+        if report is not None and report.verdict == "accept" and _labels_as_usual(report):
             names |= {"message": message, "parent": clean.ref, "report": report}
+            names["source_batch"] = _one_batch(store, version, delivery.batch[version.key])
             return store.snapshot(version.name, kept, **names)
     return store.snapshot(version.name, kept, **names, message=message, parent=version.ref)
+
+# %% ../../nbs/data/41_drop.ipynb #f27459ae
+def _labels_as_usual(report: ValidationReport) -> bool:
+    """Whether the estimated share of wrong labels is what honest rows have by chance; True where none was estimated."""
+    from mlops_workbench.data.labels import LabelCheck
+
+    check = report.labels
+    return not isinstance(check, LabelCheck) or check.share <= check.limit
+
+
+def _one_batch(store: DataStore, version: DataVersion, keys: pd.Series) -> str:
+    """The batch that these rows of a version came with; "" where they came with several."""
+    rows = store.rows(version)
+    batches = rows["batch"][rows["key"].isin(keys.astype(str))].unique()
+    return str(batches[0]) if len(batches) == 1 else ""
 
 # %% ../../nbs/data/41_drop.ipynb #8e248085
 def _most_stays(store: DataStore, version: DataVersion, kept: pd.Series) -> bool:

@@ -157,6 +157,7 @@ def judge(
     features: Sequence[str] | None = None,  # what the model sees; default: every other column
     skip: Sequence[str] = (),  # columns whose range moves by itself, such as the time
     pictures: str = "",  # the column that holds the content of files
+    classes: Sequence[str] = (),  # what labels 0, 1, ... are called
 ) -> ValidationReport | None:
     """What the checks say of the new rows, beside those before; None when there is none."""
     if not delivery.new.any():
@@ -175,6 +176,7 @@ def judge(
         features=features,
         skip=skip,
         separate=True,
+        classes=classes,
     )
 
 # %% ../../nbs/data/38_intake.ipynb #0644fee1
@@ -194,6 +196,7 @@ def take_in(
     label: str,
     by: Mapping[str, Any],  # actor and, in a stage, cycle and record_path of the decisions
     source: str = "",  # a name for the delivery, beside each row that waits
+    classes: Sequence[str] = (),  # what labels 0, 1, ... are called
     place: str = "",  # where the evidence lies
     force: bool = False,
     **more: Any,  # of `DataStore.snapshot`
@@ -207,7 +210,7 @@ def take_in(
         report = replace(report, verdict="refuse")  # what force overrules stays on record as forced
     if report is not None and report.verdict == "quarantine":
         names = {"key": key, "label": label}
-        clean, held = split_batch(delivery.batch, report, source=source, **names)
+        clean, held = split_batch(delivery.batch, report, source=source, classes=classes, **names)
         table = _fitted(_without(delivery, report, key), delivery.previous)
         taken = clean[key].tolist()
         waiting = hold_rows(store, name, held, taken=taken, key=key, message=words(report))

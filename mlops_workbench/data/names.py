@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import ConflictError, DataError, UsageError, shorten
 from ..core.workspace import Workspace
+from .defaults import default_versions
 from mlops_workbench.data.tags import (
     TaggedFiles,
     author,
@@ -165,13 +166,8 @@ def whole_ref(
     """
     if "@" in ref:
         return ref
-    path = workspace.ledger_url.removeprefix("sqlite:///")
-    if path == workspace.ledger_url or Path(path).exists():
-        from mlops_workbench.core.ledger import Ledger
-
-        slot = Ledger(workspace.ledger_url).slot(f"data:{ref}")
-        if slot is not None:
-            return slot.digest
+    if default := default_versions(workspace).get(ref):
+        return default
     return with_data_set(workspace.root, ref, beside)
 
 # %% ../../nbs/data/21_names.ipynb #56a3db28

@@ -9,12 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from ..core.clock import iso, now
 from ..core.errors import DataError, UsageError, shorten
 from ..core.ledger import Ledger
-from .findings import rows_in_words
+from .defaults import data_slot, default_versions, record_default
+from .findings import class_name, rows_in_words
 from .records import DataVersion
 from .rows import hash_rows
 from .tables import to_table
@@ -53,6 +55,7 @@ def split_batch(
     key: str,
     label: str,
     source: str = "",  # a name for the batch
+    classes: Sequence[str] = (),  # what labels 0, 1, ... are called
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The clean rows, and the held ones with why they are held."""
     batch, places = batch.reset_index(drop=True), list(report.held)
@@ -62,6 +65,10 @@ def split_batch(
         for place in problem.rows if problem.severity == "quarantine" else ():
             cell = batch[problem.column].iloc[place] if problem.column in batch else None
             found = " is missing" if pd.isna(cell) is True else f" is {shorten(cell, 40)}"
+            if isinstance(cell, bytes | np.ndarray):
+                found = ""  # a picture is looked at, not read
+            elif problem.column == label and class_name(cell, classes) != str(cell):
+                found = f" is {class_name(cell, classes)}"
             reasons[place].append(f"{problem.column}{found}: expected {problem.rule}")
     doubt = pd.DataFrame(columns=["key", "likely", "wrong"])
     if report.labels is not None:
@@ -100,13 +107,13 @@ def quarantined(store: DataStore, name: str, state: str = WAITING) -> pd.DataFra
     rows = pd.DataFrame(columns=list(MARKS)) if latest is None else store.load(latest)
     return rows[rows["quarantine_state"] == state].reset_index(drop=True)
 
-# %% ../../nbs/data/36_quarantine.ipynb #af8afa42
-def waiting_names(store: DataStore) -> list[str]:
-    """The data sets of which rows wait."""
+# %% ../../nbs/data/36_quarantine.ipynb #4df9d075
+def waiting_names(store: DataStore, state: str = WAITING) -> list[str]:
+    """The data sets of which rows are in a state of the quarantine."""
     ending = quarantine_name("")
     found = {version.name for version in store.versions() if version.name.endswith(ending)}
     names = sorted(name.removesuffix(ending) for name in found)
-    return [name for name in names if len(quarantined(store, name))]
+    return [name for name in names if len(quarantined(store, name, state))]
 
 # %% ../../nbs/data/36_quarantine.ipynb #1bb8469b
 def hold_rows(
@@ -155,13 +162,18 @@ class Review:
     decision: int
     note: str = ""  # what became of the accepted rows
 
-# %% ../../nbs/data/36_quarantine.ipynb #5d53327d
-def review_list(store: DataStore, name: str) -> list[dict[str, Any]]:
-    """The waiting rows for a page or a table: id, copies, reason, given and likely label, probability, values.
+# %% ../../nbs/data/36_quarantine.ipynb #1e31dd71
+def review_list(
+    store: DataStore,
+    name: str,
+    state: str = WAITING,
+    classes: Sequence[str] = (),  # what labels 0, 1, ... are called
+) -> list[dict[str, Any]]:
+    """The rows in a state for a page or a table: id, copies, reason, given and likely label, probability, values.
 
     Rows that say the same are one entry, and one decision.
     """
-    rows = quarantined(store, name)
+    rows = quarantined(store, name, state)
     values = [column for column in rows.columns if column not in MARKS]
     rows = rows.assign(twins=_twins(rows))
     copies = rows["twins"].value_counts()
@@ -171,8 +183,7 @@ def review_list(store: DataStore, name: str) -> list[dict[str, Any]]:
             "id": row["quarantine_id"],
             "copies": int(copies[row["twins"]]),
             "reason": row["quarantine_reason"],
-            "label": row["quarantine_label"],
-            "likely": row["quarantine_likely"] if pd.notna(row["quarantine_likely"]) else None,
+            **{part: _called(row[f"quarantine_{part}"], classes) for part in ("label", "likely")},
             "probability": None
             if pd.isna(row["quarantine_probability"])
             else float(row["quarantine_probability"]),
@@ -182,6 +193,11 @@ def review_list(store: DataStore, name: str) -> list[dict[str, Any]]:
         }
         for row in rows.to_dict("records")
     ]
+
+# %% ../../nbs/data/36_quarantine.ipynb #ed2a0dd8
+def _called(label: Any, classes: Sequence[str]) -> str | None:
+    """A label by name; None for none."""
+    return class_name(label, classes) if pd.notna(label) else None
 
 # %% ../../nbs/data/36_quarantine.ipynb #a52159f6
 def _twins(rows: pd.DataFrame) -> list[int]:
@@ -220,7 +236,10 @@ def review_rows(
     reason: str = "",
     record_path: str | None = None,
 ) -> Review:
-    """Take rows out of quarantine or turn them down; one decision. UsageError for unknown ids."""
+    """Take rows out of quarantine or turn them down; one decision. UsageError for unknown ids.
+
+    A row that was turned down can be taken in later.
+    """
     with store.taking_in():
         return _review(store, name, accept, reject, actor, reason, record_path)
 
@@ -240,14 +259,17 @@ def _review(
     if both or not (accept or reject):
         found = f"{shorten(sorted(both)[0])} in both" if both else "neither"
         raise UsageError(f"expected rows to accept or to reject, found {found}; name each row once")
+    turned_down = quarantined(store, name, "rejected")
+    again = turned_down[turned_down["quarantine_id"].isin(set(accept) - set(rows["quarantine_id"]))]
+    waiting, rows = len(rows), pd.concat([rows, again], ignore_index=True) if len(again) else rows
     taken, _ = _chosen(rows, accept, name), _chosen(rows, reject, name)
     taken = taken[~pd.Series(_twins(taken), index=taken.index).duplicated()]
     named = set(accept), set(reject)  # a row that was named itself is decided by that
     accept = [each for each in _with_twins(rows, accept) if each not in named[1]]
     reject = [each for each in _with_twins(rows, reject) if each not in named[0]]
     ledger = Ledger(store.workspace.ledger_url)
-    slot = ledger.slot(f"data:{name}")
-    version = _take_in(store, name, taken, slot.digest if slot else None) if len(taken) else None
+    slot, default = ledger.slot(data_slot(name)), default_versions(store.workspace).get(name)
+    version = _take_in(store, name, taken, default) if len(taken) else None
     marked = _mark(store, name, accept, reject)
     verdict = "accepted" if not reject else "rejected" if not accept else "accepted in part"
     said = f"{rows_in_words(len(accept))} accepted, {len(reject):,} rejected, by hand"
@@ -262,8 +284,9 @@ def _review(
         record_path=record_path,
     ) as change:
         if version is not None:
-            change.set_slot(f"data:{name}", version.ref, slot.epoch if slot else 0)
-    left = len(rows) - len(set(accept)) - len(set(reject))
+            change.set_slot(data_slot(name), version.ref, slot.epoch if slot else 0)
+    record_default(store.workspace, name)
+    left = waiting - len((set(accept) | set(reject)) - set(again["quarantine_id"]))
     ref, note = (version.ref, version.message) if version else ("", "")
     return Review(tuple(accept), tuple(reject), left, ref, marked.ref, change.decision_id, note)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'run_git', 'check_name', 'parse_ref', 'version_number', 'next_version', 'TaggedFiles', 'read_tags', 'author',
-           'commit_and_tag']
+           'commit_files', 'commit_and_tag']
 
 # %% ../../nbs/data/04_tags.ipynb #54e4c089
 import os
@@ -175,28 +175,45 @@ def author(root: Path) -> str:
     except DataError:
         return os.environ.get("USER") or os.environ.get("LOGNAME") or "mlops workbench"
 
-# %% ../../nbs/data/04_tags.ipynb #7de6141c
-def commit_and_tag(
-    root: Path,
-    files: Mapping[str, str],  # path from the workspace -> new text
-    also: Sequence[str],  # paths of files that lie there already and belong to the commit
-    tag: str,
-    message: str,
-) -> str:
-    """Write the files, commit them and `also`, set the tag last; returns the commit."""
-    for path, text in files.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(root / path, text)
-    identity = []
+# %% ../../nbs/data/04_tags.ipynb #37a165d8
+def _identity(root: Path) -> list[str]:
+    """Options that give git a name to write in where it knows none."""
+    options = []
     for key, value in (("user.name", "mlops workbench"), ("user.email", "workbench@localhost")):
         try:
             run_git(root, "config", "--get", key)
         except DataError:
-            identity += ["-c", f"{key}={value}"]
+            options += ["-c", f"{key}={value}"]
+    return options
+
+# %% ../../nbs/data/04_tags.ipynb #7883cd3a
+def commit_files(
+    root: Path,
+    files: Mapping[str, str],  # path from the workspace -> new text
+    also: Sequence[str],  # paths of files that lie there already and belong to the commit
+    message: str,
+) -> str:
+    """Write the files, commit them and `also`, whatever else is staged; returns the commit."""
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(root / path, text)
     paths = [*files, *also]
     quiet = ["--quiet", "--no-verify", "--no-gpg-sign", "--allow-empty", "--cleanup=verbatim"]
     run_git(root, "add", "--force", "--", *paths)
-    run_git(root, *identity, "commit", *quiet, "--only", "-F", "-", "--", *paths, given=message)
-    commit = run_git(root, "rev-parse", "HEAD").strip()
-    run_git(root, *identity, "tag", "--no-sign", "-a", "-F", "-", tag, commit, given=message)
+    commit = ["commit", *quiet, "--only", "-F", "-", "--", *paths]
+    run_git(root, *_identity(root), *commit, given=message)
+    return run_git(root, "rev-parse", "HEAD").strip()
+
+# %% ../../nbs/data/04_tags.ipynb #7de6141c
+def commit_and_tag(
+    root: Path,
+    files: Mapping[str, str],  # as of `commit_files`
+    also: Sequence[str],
+    tag: str,
+    message: str,
+) -> str:
+    """Write the files, commit them and `also`, set the tag last; returns the commit."""
+    commit = commit_files(root, files, also, message)
+    named = ["tag", "--no-sign", "-a", "-F", "-", tag, commit]
+    run_git(root, *_identity(root), *named, given=message)
     return commit

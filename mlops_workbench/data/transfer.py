@@ -248,7 +248,13 @@ def pull(
         ]
         before = _cached(batch.places.dvc.cache)
         batch.run("fetch")
-        objects = batch.objects()
+        try:
+            objects = batch.objects()
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"expected {' and '.join(list(batch.pointers)[:3])} in {batch.remote.address}, found not all of it there; "
+                "look whether that is the folder it was pushed to, or push it again from where it is whole"
+            ) from error
         new = [md5 for md5 in objects if md5 not in before]
         damaged = [md5 for md5 in new if not dvc.object_is_whole(batch.places.dvc.cache, md5)]
         for md5 in damaged:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import html
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
+
+from scipy import stats
 
 from ..core.digits import counted
 from ..core.errors import DataError, DataRefusedError, shorten
@@ -28,7 +30,13 @@ from mlops_workbench.data.columns import (
 )
 from .consistency import check_consistency
 from .distribution import DistributionReport, compare_distributions
-from .findings import EXAMPLES, Problem, row_problem, rows_in_words
+from mlops_workbench.data.findings import (
+    EXAMPLES,
+    Problem,
+    class_name,
+    row_problem,
+    rows_in_words,
+)
 
 if TYPE_CHECKING:
     import pandera.pandas as pandera
@@ -120,7 +128,7 @@ def refuse(
     more = f" (and {len(lines) - 5} more findings)" if len(lines) > 5 else ""
     advice = "correct the rows" + (", or take them with --force" if forceable else "")
     return BatchRefusedError(
-        f"expected {rows_in_words(report.rows)} of {name!r} that pass the checks, found: "
+        f"expected {counted(report.rows, 'new or changed row')} of {name!r} that pass the checks, found: "
         f"{'; '.join(lines[:5])}{more}; no version was made: {advice}",
         report,
     )
@@ -130,18 +138,23 @@ LABEL_SHARE = 0.25  # by which the share of a class may change
 
 # %% ../../nbs/data/08_validation.ipynb #e677b342
 def check_label_shares(
-    frame: pd.DataFrame, previous: pd.DataFrame, key: str, label: str
+    frame: pd.DataFrame,
+    previous: pd.DataFrame,
+    key: str,
+    label: str,
+    classes: Sequence[str] = (),  # what labels 0, 1, ... are called
 ) -> list[Problem]:
     """A finding when the share of a class changed by more than tolerated and more than usual."""
     new, old = frame[label].dropna(), previous[label].dropna()
-    classes = set(new) | set(old)
-    if not len(new) or not len(old) or len(classes) > 100:
+    seen = set(new) | set(old)
+    if not len(new) or not len(old) or len(seen) > 100:
         return []
-    for name in sorted(classes, key=str):
+    for name in sorted(seen, key=str):
         before, after = float((old == name).mean()), float((new == name).mean())
         grown = after - before
         if grown > LABEL_SHARE and grown > usual_change((old == name).to_numpy(), len(new)):
-            text = f"{after:.0%} of the labels are {shorten(name, 40)}, {before:.0%} in the version before"
+            called = shorten(class_name(name, classes) if classes else name, 40)
+            text = f"{after:.0%} of the labels are {called}, {before:.0%} in the version before"
             rule = f"class shares within {LABEL_SHARE:.0%} of those before"
             rows = frame[label] == name
             found = row_problem(frame, rows, key=key, column=label, rule=rule, text=text)
@@ -194,10 +207,14 @@ def _label_problem(check: LabelCheck, label: str) -> Problem:
 
 # %% ../../nbs/data/08_validation.ipynb #af7be61d
 def separate_rows(problems: Sequence[Problem], rows: int, most: float) -> list[Problem]:
-    """The findings as quarantine where all that refuse name rows, at most this share; else as they are."""
+    """The findings as quarantine where all that refuse name rows, not surely more than this share; else as they are.
+
+    "Surely" is the lower Clopper-Pearson bound at 99 %: one bad row of ten says little about deliveries like this one.
+    """
     refusing = [problem for problem in problems if problem.severity == "refuse"]
     places = {place for problem in refusing for place in problem.rows}
-    if not all(problem.rows for problem in refusing) or len(places) > most * rows:
+    least = float(stats.beta.ppf(0.01, len(places), rows - len(places) + 1)) if places else 0.0
+    if not all(problem.rows for problem in refusing) or least > most:
         return list(problems)
     return [replace(p, severity="quarantine") if p in refusing else p for p in problems]
 
@@ -209,6 +226,7 @@ def _check_columns(
     names: Mapping[str, str],  # key and label
     limits: DataSettings,
     skip: Sequence[str],
+    unread: Mapping[str, Collection[int]],  # of `check_against`
 ) -> list[Problem]:
     """The findings about keys, schema and columns, each said once."""
     key = names["key"]
@@ -220,7 +238,7 @@ def _check_columns(
         ]
     if previous is None or key not in frame:
         return problems
-    found = check_against(frame, previous, key, limits.maximum_missing_share_change, skip)
+    found = check_against(frame, previous, key, limits.maximum_missing_share_change, skip, unread)
     missing = {problem.column for problem in found if problem.text.startswith(MISSING)}
     if not any(problem.column == names["label"] for problem in [*problems, *found]):
         found += check_label_gaps(frame, previous, **names)
@@ -275,15 +293,17 @@ def validate_batch(
     skip: Sequence[str] = (),  # columns whose range moves by itself, such as the time
     seed: int = 0,
     separate: bool = False,  # True: the caller stores only the rows that are not `held`
+    classes: Sequence[str] = (),  # what labels 0, 1, ... are called
 ) -> ValidationReport:
     """Judge a batch before it becomes part of a data version; nothing is raised for a bad one."""
     limits = settings.data if isinstance(settings, Settings) else settings
     frame, names = frame.reset_index(drop=True), {"key": key, "label": label}
     frame, unfit = fit_cells(frame, previous, key, label)
     told = {(problem.column, place) for problem in unfit for place in problem.rows}
+    unread = {problem.column: problem.rows for problem in unfit}
     problems = unfit + [
         problem
-        for problem in _check_columns(frame, previous, schema, names, limits, skip)
+        for problem in _check_columns(frame, previous, schema, names, limits, skip, unread)
         if not problem.rows or not {(problem.column, place) for place in problem.rows} <= told
     ]
     if separate:
@@ -300,7 +320,7 @@ def validate_batch(
         more: Mapping[str, Any] = {**names, "features": features, "seed": seed}
         labels, wrong, notes = check_batch_labels(rest, previous, allowed=allowed, **more)
         if previous is not None and label in previous:
-            wrong = check_label_shares(rest, previous, key, label) + wrong
+            wrong = check_label_shares(rest, previous, key, label, classes) + wrong
         if separate and labels is not None and previous is not None and not wrong:
             wrong = _sure_labels(frame, labels, key, label, limits.quarantine_probability)
         problems += wrong

@@ -236,6 +236,15 @@ class DataStore:
         with self._locked(), clear_errors(self.places.root):
             return verify_versions(self.places, found, repair)
 
+    def holds_content(self) -> bool:
+        """False in a clone into which nothing was pulled yet: git has the names and records only."""
+        return any(
+            path.is_file()
+            for base in self.places.bases
+            if base.is_dir()
+            for path in base.rglob("*")
+        )
+
     def _tagged(self, ref: str | DataVersion) -> tuple[DataVersion, str]:
         """A version and its pointer; raises DataError that says which versions there are."""
         text = whole_ref(self.workspace, ref) if isinstance(ref, str) else ref.ref

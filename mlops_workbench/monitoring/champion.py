@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Champion', 'read_part', 'read_champion']
 
-# %% ../../nbs/monitoring/09_champion.ipynb #326ec82d
+# %% ../../nbs/monitoring/09_champion.ipynb #809d8f14
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.bundle import BundleManifest, read_manifest
-from ..core.errors import IntegrityError
-from ..core.features import FeatureSchema
+from ..core.errors import IntegrityError, WorkbenchError
+from ..core.features import FeatureSchema, private_columns
 from ..core.files import read_json, sha256_file
 from ..core.ledger import Ledger
-from ..core.pointer import read_pointer
+from ..core.pointer import Pointer, read_pointer
 from ..core.workspace import Workspace
 
 # %% ../../nbs/monitoring/09_champion.ipynb #8e7da1e5
@@ -78,9 +79,24 @@ def _history(workspace: Workspace, digest: str) -> Mapping[str, Any]:
     finally:
         ledger.close()
 
+# %% ../../nbs/monitoring/09_champion.ipynb #0ae62a2c
+def _features(pointer: Pointer, folder: Path, manifest: BundleManifest) -> FeatureSchema:
+    """The champion's features; private is what any release that answers calls so."""
+    own = FeatureSchema.model_validate(read_part(folder, manifest, "features.json"))
+    found = [own]
+    for slot, entry in pointer.slots.items():
+        if slot != "champion" and entry.digest != manifest.digest:
+            with contextlib.suppress(WorkbenchError):  # one that cannot be read does not answer
+                other = Path(entry.path)
+                content = read_part(other, read_manifest(other), "features.json")
+                found.append(FeatureSchema.model_validate(content))
+    names = {feature.name for feature in own.features} | {own.key, own.entity}
+    private = {name: way for name, way in private_columns(found).items() if name in names}
+    return own.model_copy(update={"private": {**private, **own.private}})
+
 # %% ../../nbs/monitoring/09_champion.ipynb #b9ce14ce
 def read_champion(workspace: Workspace) -> Champion | None:
-    """The release that serves; None before the first deployment.
+    """The release that serves; None before the first deployment, and while an imported model serves, which nothing is known of.
 
     BundleError or IntegrityError when its bundle cannot be trusted.
     """
@@ -95,12 +111,14 @@ def read_champion(workspace: Workspace) -> Champion | None:
             f"expected release {entry.digest} in {folder}, found {manifest.digest}; "
             "deploy again or go back to another release"
         )
+    if manifest.kind != "onnx":
+        return None
     return Champion(
         digest=entry.digest,
         name=entry.name,
         folder=folder,
         manifest=manifest,
-        features=FeatureSchema.model_validate(read_part(folder, manifest, "features.json")),
+        features=_features(pointer, folder, manifest),
         profile=read_part(folder, manifest, "profile.json"),
         **_history(workspace, entry.digest),
     )

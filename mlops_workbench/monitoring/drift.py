@@ -25,6 +25,7 @@ from mlops_workbench.data.permutation import (
     shuffled_effects,
 )
 from .estimates import NOT_ENOUGH_DATA
+from .prediction_store import even_inputs
 from mlops_workbench.monitoring.profile import (
     Column,
     feature_columns,
@@ -79,6 +80,7 @@ class DriftReport:
     prediction: ColumnDrift | None
     method: str
     summary: str
+    not_logged: tuple[str, ...] = ()  # private features: nothing is known of them
 
     @property
     def everything(self) -> list[ColumnDrift]:
@@ -116,6 +118,7 @@ def drift(
     seed: int = 0,
 ) -> DriftReport:
     """Which features and answers of a window differ from the profile (permutation test, Holm)."""
+    window_frame = even_inputs(window_frame)
     rows = len(window_frame)
     method = (
         f"permutation test at {min(rows, maximum_rows)} rows, Holm over columns at {false_alarm_rate:g}, "
@@ -123,7 +126,7 @@ def drift(
     )
     if rows < minimum_rows:
         summary = f"{NOT_ENOUGH_DATA}: {rows} of {minimum_rows} rows"
-        return DriftReport(NOT_ENOUGH_DATA, rows, [], None, method, summary)
+        return DriftReport(NOT_ENOUGH_DATA, rows, [], None, method, summary, features.unlogged)
     generator = np.random.default_rng(seed)
     if rows > maximum_rows:
         window_frame = window_frame.iloc[np.sort(generator.permutation(rows)[:maximum_rows])]
@@ -132,12 +135,14 @@ def drift(
     shuffles = max(999, math.ceil(2 * tests / false_alarm_rate) - 1)
     found: list[tuple[Binned, NDArray[np.float64]]] = []
     for described, _, binned in groups:
+        if not described:
+            continue
         sample = len(stored_sample(described[0]))
         size = len(window_frame)
         effects = shuffled_effects(binned, sample, size, shuffles, generator)
         found += zip(binned, effects, strict=True)
     judged = judge_effects(found, false_alarm_rate, minimum_effect)
-    return _report(rows, judged, groups, method)
+    return _report(rows, judged, groups, method, features.unlogged)
 
 # %% ../../nbs/monitoring/06_drift.ipynb #6620d56b
 _Group = tuple[list[Mapping[str, Any]], list[Column], list[Binned]]
@@ -156,13 +161,16 @@ def _groups(
         known = {described["column"]: described for described in stored}
         both = [(known[column.name], column) for column in columns if column.name in known]
         binned = [part for described, column in both for part in _bin_column(described, column)]
-        if both:
-            groups.append(([d for d, _ in both], [c for _, c in both], binned))
+        groups.append(([d for d, _ in both], [c for _, c in both], binned))
     return groups
 
 # %% ../../nbs/monitoring/06_drift.ipynb #74554460
 def _report(
-    rows: int, judged: Sequence[ColumnDrift], groups: Sequence[_Group], method: str
+    rows: int,
+    judged: Sequence[ColumnDrift],
+    groups: Sequence[_Group],
+    method: str,
+    not_logged: tuple[str, ...],
 ) -> DriftReport:
     """The report with words for all that moved."""
     columns, prediction, at = [], None, 0
@@ -187,9 +195,9 @@ def _report(
     summary = f"{len(moved)} of {len(everything)} columns moved" + (
         f", most {said}" if moved else ""
     )
-    return DriftReport(
-        "moved" if moved else "not moved", rows, columns, prediction, method, summary
-    )
+    summary += f"; not logged: {', '.join(not_logged)}" if not_logged else ""
+    verdict = "moved" if moved else "not moved"
+    return DriftReport(verdict, rows, columns, prediction, method, summary, not_logged)
 
 # %% ../../nbs/monitoring/06_drift.ipynb #59d97ecc
 def answer_effect(

@@ -34,6 +34,7 @@ from mlops_workbench.monitoring.alerts import (
 )
 from .champion import Champion, read_champion
 from .prediction_store import Window, compact, read_window
+from .retention import retire_log
 from mlops_workbench.monitoring.snapshot import (
     KNOWN_FIGURES,
     Measured,
@@ -103,6 +104,8 @@ class MonitorSnapshot:
             f"drift: {found.summary}" if found else "drift not measured",
             f"alarms: {', '.join(firing)}" if firing else "no alarm",
         ]
+        if self.window.unlogged:
+            parts.append(f"{counted(self.window.unlogged, 'answer')} without a record")
         return "; ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
@@ -293,7 +296,9 @@ def monitor_once(
         )
     with file_lock(workspace.locks / "monitor.lock", timeout_seconds=60):
         with contextlib.suppress(ConflictError):  # somebody else is compacting just now
-            compact(workspace.predictions, timeout_seconds=5)
+            keep_seconds = settings.segment_days * 86_400
+            compact(workspace.predictions, keep_seconds=keep_seconds, timeout_seconds=5)
+            retire_log(workspace, actor=actor)
         champion = read_champion(workspace)
         names = [feature.name for feature in champion.features.features] if champion else []
         window = read_window(workspace.predictions, since, until, columns=names)

@@ -76,10 +76,10 @@ def _image_columns(feature: Feature, values: Sequence[object]) -> list[Column]:
 def feature_columns(frame: pd.DataFrame, features: FeatureSchema) -> list[Column]:
     """The monitored columns of these rows; a feature that the table lacks is missing in every row.
 
-    A field whose name the prediction log uses itself is found there as `row.<name>`.
+    Private features are not monitored: what serves leaves no values of them. A field whose name the prediction log uses itself is found there as `row.<name>`.
     """
     columns: list[Column] = []
-    for feature in features.features:
+    for feature in features.logged:
         name = f"row.{feature.name}" if f"row.{feature.name}" in frame else feature.name
         values: Any = frame[name] if name in frame else [None] * len(frame)
         if feature.kind == "number":

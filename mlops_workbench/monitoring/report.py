@@ -23,6 +23,7 @@ from ..core.errors import DataError, UsageError, WorkbenchError, shorten
 from ..core.features import FeatureSchema
 from ..core.files import write_atomic, write_json
 from .drift import DriftReport
+from .prediction_store import even_inputs
 from mlops_workbench.monitoring.profile import (
     MISSING,
     feature_columns,
@@ -39,6 +40,7 @@ def report_tables(
     maximum_rows: int = 5000,  # more make the page slow to open, not better
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The window and the reference as tables with the same columns: monitored features, then the answers."""
+    window_frame = even_inputs(window_frame)
     if len(window_frame) > maximum_rows:
         window_frame = window_frame.sample(maximum_rows, random_state=0)
     columns = feature_columns(window_frame, features)

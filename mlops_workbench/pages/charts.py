@@ -78,6 +78,10 @@ def drawing(chart: Chart) -> str:
             f'<line class="limit" x1="0" y1="{y(chart.limit)}" x2="100" y2="{y(chart.limit)}"/>'
         )
     for stretch in segments(chart.lows):
+        if len(stretch) == 1:
+            (place,) = stretch
+            ends = y(chart.highs[place] or 0.0), y(chart.lows[place] or 0.0)
+            parts.append(f'<path class="reach" d="M{x(place)},{ends[0]}V{ends[1]}"/>')
         edge = [(x(place), y(chart.highs[place] or 0.0)) for place in stretch]
         edge += [(x(place), y(chart.lows[place] or 0.0)) for place in reversed(stretch)]
         path = "L".join(f"{across},{down}" for across, down in edge)
@@ -118,9 +122,13 @@ def chart_html(chart: Chart) -> str:
     newest, span = chart.form.format(known[-1]), chart.times[-1] - chart.times[0]
     low, high = (chart.form.format(value) for value in (min(known), max(known)))
     limit = "" if chart.limit is None else f", {chart.limit_name} {chart.form.format(chart.limit)}"
-    words = f"{chart.title}: newest {newest}, lowest {low}, highest {high}{limit}"
+    span_words = f"{low} to {high}"
+    if chart.lows:
+        ends = [[v for v in side if v is not None][-1] for side in (chart.lows, chart.highs)]
+        span_words = "now from {} to {}".format(*(chart.form.format(end) for end in ends))
+    words = f"{chart.title}: newest {newest}, {span_words}{limit}"
     return (
         f'<div class="mwb-chart" role="img" aria-label="{escape(words)}"><header>{head}<b>{escape(newest)}</b></header>'
         f"{drawing(chart)}<footer><span>{clock(chart.times[0], span)}</span>"
-        f"<span>{escape(low)} to {escape(high)}{escape(limit)}</span><span>{clock(chart.times[-1], span)} UTC</span></footer></div>"
+        f"<span>{escape(span_words)}{escape(limit)}</span><span>{clock(chart.times[-1], span)} UTC</span></footer></div>"
     )

@@ -14,10 +14,12 @@ import ipywidgets
 from .diagnosis import diagnosis_html
 from .difference import difference_html
 from .live import LivePage, log_to, read_models_folder
+from ..core.access import DECIDE_ROLE
 from .look import block, escape, problem_html, shown_errors
 from .read_models import QUARANTINE, diff_path, open_model, read_table
 from .requests import ask, read_answer
 from .review import Review
+from .sign_in import SignIn
 from .timeline import timeline_html
 
 # %% auto #0
@@ -59,6 +61,7 @@ class DataPage(LivePage):
         self.choice = ipywidgets.HBox([self.before, self.after])
         self.choice.add_class("mwb-pair")
         self.review = Review(self.on_record)
+        self.sign_in = SignIn(folder, self.on_signed)
         self.name.observe(self.on_name, "value")
         for side in (self.before, self.after):
             side.observe(self.on_pair, "value")
@@ -70,6 +73,7 @@ class DataPage(LivePage):
             self.difference,
             self.heading("Quarantine"),
             self.review_words,
+            self.sign_in,
             self.review,
             self.heading("Last diagnosis"),
             self.diagnosis,
@@ -232,6 +236,10 @@ class DataPage(LivePage):
             words += f"<p class='{kind}' role='status'>{escape(answer.text)}</p>"
         self.review_words.value = block(words)
         self.review.layout.display = "" if rows else "none"
+        asked = any(row["access"] == "token" for row in read_table(self.model, "own"))
+        self.sign_in.show(bool(rows) and asked)
+        holder = self.sign_in.holder
+        self.review.allow(not asked or (holder is not None and holder.may(DECIDE_ROLE)))
         if rows != list(self.review.rows):
             self.review.show(rows)
         elif answer is not None:
@@ -244,7 +252,7 @@ class DataPage(LivePage):
         path = self.pair_path(*pair) if pair else None
         if path is not None and not path.exists() and path in self.asked_pair:
             waits = waits or read_answer(self.folder, self.asked_pair[path]) is None
-        return PATIENCE_SECONDS if waits else super().pause_seconds()
+        return PATIENCE_SECONDS if waits or self.sign_in.token else super().pause_seconds()
 
     def on_name(self, change: object) -> None:
         """Show another data set."""
@@ -260,12 +268,17 @@ class DataPage(LivePage):
                 self.draw_pair()
             self.read_soon()
 
+    def on_signed(self) -> None:
+        """Show what somebody who signed in or out may do."""
+        with shown_errors(self.problem):
+            self.draw_review()
+        self.read_soon()
+
     def on_record(self, accept: list[str], reject: list[str]) -> None:
         """Ask for the decision to be carried out."""
         with shown_errors(self.problem):
-            self.asked_review = ask(
-                self.folder, "decide", dataset=self.name.value, accept=accept, reject=reject
-            )
+            values = {"dataset": self.name.value, "accept": accept, "reject": reject}
+            self.asked_review = ask(self.folder, "decide", **self.sign_in.signed(values))
             self.draw_review()
         self.read_soon()
 

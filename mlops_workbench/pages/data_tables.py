@@ -18,8 +18,9 @@ from ..data.names import named_versions
 from ..data.records import DataVersion
 from ..data.versions import DataStore
 from .last_diagnoses import diagnosis_files, last_diagnoses
+from .viewers import buttons_for
 from .read_models import QUARANTINE, diff_path, model_mark, read_table
-from ..pipeline.data_line import withdrawn_versions
+from ..data.defaults import withdrawn_versions
 from ..recipes.protocol import load_recipe
 
 # %% auto #0
@@ -70,7 +71,11 @@ def counts_of(path: Path, mark: tuple[int, int]) -> str:
     """Return the counts of a difference, read once for each mark of its file, as JSON; without any for a pair that could not be compared."""
     summary = json.loads(read_table(path, "summary")[0]["content"])
     kinds = ("added", "removed", "changed", "relabelled")
-    return json.dumps({} if summary["problem"] else {kind: summary[kind] for kind in kinds})
+    if summary["problem"]:
+        return "{}"
+    columns = {name: len(summary[f"columns_{name}"]) for name in ("added", "removed")}
+    found = {kind: summary[kind] for kind in kinds}
+    return json.dumps({**found, "columns": columns["added"] + columns["removed"]})
 
 
 def parent_counts(folder: Path, version: DataVersion, known: dict[str, DataVersion]) -> str:
@@ -91,14 +96,14 @@ def data_tables(workspace: Workspace) -> dict[str, tuple[Sequence[str], list[Seq
     ledger = Ledger(workspace.ledger_url)
     try:
         releases, slots = ledger.releases(), ledger.slots()
-        decisions = ledger.decisions(limit=1000)
+        decisions, access = ledger.decisions(limit=1000), buttons_for(ledger)
     finally:
         ledger.close()
     serving = {slot.digest for slot in slots if slot.name == "champion"}
     folder, gone = workspace.read_models, withdrawn_versions(workspace)
     names = names_by_version(workspace.root, versions)
     return {
-        "own": (("name",), [(own_dataset(workspace),)]),
+        "own": (("name", "access"), [(own_dataset(workspace), access)]),
         "versions": (
             VERSION_COLUMNS,
             [
@@ -123,7 +128,7 @@ def data_tables(workspace: Workspace) -> dict[str, tuple[Sequence[str], list[Seq
         ),
         "diagnosis": (
             ("name", "at", "notebook", "content", "done"),
-            last_diagnoses(workspace, decisions),
+            last_diagnoses(workspace, decisions, gone),
         ),
     }
 

@@ -21,7 +21,8 @@ from ..data.stored import StoredVersion
 from ..data.thumbnails import brightness, picture_column, thumbnail
 from ..data.versions import DataStore
 from .read_models import Tables
-from ..recipes.protocol import class_name, known_classes
+from ..data.findings import class_name
+from ..recipes.protocol import known_classes
 
 # %% auto #0
 __all__ = ['SHOWN_PICTURES', 'SHOWN_ROWS', 'CHANGE', 'SAMPLED', 'cell_text', 'sample', 'picture_rows', 'column_rows', 'some_rows',

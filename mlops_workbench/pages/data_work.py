@@ -23,6 +23,8 @@ from ..data.versions import DataStore
 from .data_views import diff_tables, problem_tables
 from .quarantine_desk import decide_rows, list_rows, list_state
 from .rollout_work import move_rollout
+from ..core.access import DECIDE_ROLE
+from .viewers import who_asks
 from .read_models import QUARANTINE, diff_path, read_table, write_model
 from mlops_workbench.pages.requests import (
     Request,
@@ -92,8 +94,9 @@ def carry_out(workspace: Workspace, request: Request) -> str:
     if request.kind == "diff":
         return compare_pair(workspace, DataStore(workspace), values["before"], values["after"])
     if request.kind == "move":
-        return move_rollout(workspace, **values)
-    return decide_rows(workspace, values["dataset"], values["accept"], values["reject"])
+        return move_rollout(workspace, values)
+    actor = who_asks(workspace, values, DECIDE_ROLE)
+    return decide_rows(workspace, values["dataset"], values["accept"], values["reject"], actor)
 
 
 def answer_requests(workspace: Workspace) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,18 @@ def words_of_done(decision: DecisionRow) -> str:
     return f"{decision.verdict}: {decision.subject}, {when}, by {decision.actor} (decision {decision.id})"
 
 
-def done_since(command: str, at: str, decisions: Sequence[DecisionRow]) -> str:
+def done_since(
+    command: str,
+    at: str,
+    decisions: Sequence[DecisionRow],
+    withdrawn: Collection[str] = (),  # data versions that were taken back
+) -> str:
     """Return what was done of a command since a moment, in words; empty where nothing was, or where it leaves no decision."""
     words = shlex.split(command)
     for decision in decisions:
         if decision.at >= at and _is_of(decision, words):
-            return words_of_done(decision)
+            undone = "; taken back since" if decision.subject in withdrawn else ""
+            return words_of_done(decision) + undone
     return ""
 
 
@@ -68,6 +74,7 @@ def _is_of(decision: DecisionRow, words: Sequence[str]) -> bool:
 def last_diagnoses(
     workspace: Workspace,
     decisions: Sequence[DecisionRow],  # the latest first
+    withdrawn: Collection[str] = (),  # data versions that were taken back
 ) -> list[Sequence[Any]]:
     """Return data set, time, executed notebook, content (JSON) and what was done of the remedy, of the newest diagnosis of each data set."""
     found: dict[str, Sequence[Any]] = {}
@@ -80,6 +87,6 @@ def last_diagnoses(
         if name not in found:
             notebook = str((path.parent / "notebook.ipynb").relative_to(workspace.runs.parent))
             command = (record.get("remedy") or {}).get("command") or ""
-            done = done_since(command, at, decisions)
+            done = done_since(command, at, decisions, withdrawn)
             found[name] = (name, at, notebook, json.dumps(record), done)
     return list(found.values())

@@ -28,12 +28,13 @@ from mlops_workbench.pages.look import (
     tile_html,
 )
 from .read_models import read_table
-from .rollout_panel import RolloutMoves, rollout_html
+from .rollout_moves import RolloutMoves
+from .rollout_panel import rollout_html
 
 # %% auto #0
 __all__ = ['Snapshot', 'CHARTS', 'measured_release', 'overall_state', 'ages', 'age_words', 'head_html', 'limits', 'charts_html',
            'looks_series', 'figure_text', 'alert_state', 'alerts_html', 'release_card', 'releases_html', 'moved_html',
-           'quality_html', 'decisions_html', 'MonitoringPage', 'monitoring_page']
+           'quality_html', 'actor_html', 'decisions_html', 'MonitoringPage', 'monitoring_page']
 
 # %% ../../nbs/pages/07_monitoring.ipynb #d6ad6954
 Snapshot = Mapping[str, Any]
@@ -268,8 +269,12 @@ def moved_html(snapshot: Snapshot) -> str:
         return ""
     everything = [*found["columns"], *filter(None, [found["prediction"]])]
     moved = [column for column in everything if column["moved"]]
+    names = found.get("not_logged") or ()
+    private = (
+        f"<p>Not logged, because the recipe calls them private: {escape(', '.join(names))}.</p>"
+    )
     if not moved:
-        return ""
+        return f"<h2>Drift</h2>{private}" if names else ""
     moved.sort(key=lambda column: -(column["effect"] or 0))
     rows = [
         [
@@ -281,9 +286,10 @@ def moved_html(snapshot: Snapshot) -> str:
         for column in moved
     ]
     title = f"<h2>Drift</h2><p>{len(moved)} of {len(everything)} columns moved, against the data the release was trained on (the answers and the gaps of a column count as one each).</p>"
-    return title + table_html(
+    table = table_html(
         ["column", "effect", "threshold", "direction"], rows, "", "columns that moved"
     )
+    return title + table + (private if names else "")
 
 # %% ../../nbs/pages/07_monitoring.ipynb #c3e37e78
 def quality_html(snapshot: Snapshot) -> str:
@@ -309,7 +315,13 @@ def quality_html(snapshot: Snapshot) -> str:
         else ""
     )
 
-# %% ../../nbs/pages/07_monitoring.ipynb #10d91f2e
+# %% ../../nbs/pages/07_monitoring.ipynb #578f1199
+def actor_html(actor: str) -> Markup:
+    """Return who decided: of a controller its machine and process, the rest of its name when the mouse rests on it."""
+    words = ":".join(actor.split(":")[:2]) if actor.startswith("controller ") else actor
+    return Markup(f'<span title="{escape(actor)}">{escape(words)}</span>')
+
+
 def decisions_html(decisions: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of the last decisions, newest first."""
     rows = [
@@ -321,7 +333,7 @@ def decisions_html(decisions: Sequence[Mapping[str, Any]]) -> str:
             row["subject"],
             row["verdict"],
             row["reason"],
-            row["actor"],
+            actor_html(row["actor"]),
         ]
         for row in [d for d in decisions if (d["kind"], d["verdict"]) != ("record", "written")][:15]
     ]
@@ -344,9 +356,9 @@ class MonitoringPage(LivePage):
         names = (
             "head",
             "tiles",
+            "rollout",
             "charts",
             "alerts",
-            "rollout",
             "releases",
             "quality",
             "moved",
@@ -361,9 +373,13 @@ class MonitoringPage(LivePage):
         )
         self.span.observe(self.on_span, "value")
         self.moves = RolloutMoves(folder, WeakMethod(self.read_soon))
-        first, tiles, charts, alerts, rollout, *rest = self.parts.values()
-        above = (self.charts_head, self.span, charts, alerts, rollout)
-        self.show(first, tiles, *above, self.moves, *rest)
+        first, tiles, rollout, *rest = self.parts.values()
+        self.show(first, tiles, rollout, self.moves, self.charts_head, self.span, *rest)
+
+    def pause_seconds(self) -> float:
+        """Return how long to wait: half a second while somebody is signed in, whose token may be revoked."""
+        pause = super().pause_seconds()
+        return min(0.5, pause) if self.moves.sign_in.token else pause
 
     def draw(self) -> None:
         """Read the model again and draw every part but the head."""

@@ -5,7 +5,6 @@
 # %% ../../nbs/pages/11_quarantine_desk.ipynb #d117f00a
 from __future__ import annotations
 
-import getpass
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ..data.versions import DataStore
 from ..data.thumbnails import brightness, picture_column, thumbnail
 from .data_views import cell_text
 from .read_models import QUARANTINE, read_table, write_model
+from ..recipes.protocol import known_classes
 
 # %% auto #0
 __all__ = ['ROW_COLUMNS', 'list_state', 'waiting_row', 'list_rows', 'decide_rows']
@@ -54,7 +54,8 @@ def list_rows(workspace: Workspace, version: DataVersion) -> int:
     """Write the rows of a quarantine that wait, unless that was done; return 1 when something was written."""
     if list_state(workspace.read_models, version.name) == version.digest:
         return 0
-    rows = review_list(DataStore(workspace), version.name.removesuffix(QUARANTINE))
+    name = version.name.removesuffix(QUARANTINE)
+    rows = review_list(DataStore(workspace), name, classes=known_classes(workspace, name))
     rows.sort(key=lambda row: -(row["probability"] or 0.0))
     values = pd.DataFrame([row["values"] for row in rows])
     column = picture_column(values)
@@ -69,12 +70,16 @@ def list_rows(workspace: Workspace, version: DataVersion) -> int:
 
 # %% ../../nbs/pages/11_quarantine_desk.ipynb #2c777abd
 def decide_rows(
-    workspace: Workspace, dataset: str, accept: Sequence[str], reject: Sequence[str]
+    workspace: Workspace,
+    dataset: str,
+    accept: Sequence[str],
+    reject: Sequence[str],
+    actor: str,
 ) -> str:
     """Accept and reject rows of a quarantine and return a sentence; raises what `review_rows` raises."""
     store = DataStore(workspace)
     done = review_rows(
-        store, dataset, accept=accept, reject=reject, actor=getpass.getuser(), reason="in the page"
+        store, dataset, accept=accept, reject=reject, actor=actor, reason="in the page"
     )
     made = f"; {done.version} holds them and is the default" if done.version else ""
     said = f"{len(done.accepted):,} accepted{made}, {len(done.rejected):,} rejected"

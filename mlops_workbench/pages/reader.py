@@ -28,14 +28,17 @@ from ..experiment.runs import RunRow, list_runs, metric_history
 from ..experiment.store import sqlite_path
 from .data_tables import data_places, data_tables
 from .data_work import start_work, work_once, work_waits
+from .viewers import buttons_for
+from ..release.approvals import approved_by
 from ..release.rollout_judge import looks_file
 from .read_models import ReaderState, write_model, write_state
 from .requests import open_requests
 
 # %% auto #0
 __all__ = ['ModelTables', 'SHOWN_RUNS', 'CURVE_RUNS', 'RUN_COLUMNS', 'SHOWN_LOOKS', 'SHOWN_DECISIONS', 'SHOWN_ROLLOUTS',
-           'COLLECTORS', 'run_record', 'experiments_tables', 'look_record', 'rollout_looks', 'monitoring_tables',
-           'database_files', 'files_stamp', 'watched_files', 'refresh', 'refresh_once', 'wait_and_serve', 'main']
+           'COLLECTORS', 'run_record', 'experiments_tables', 'look_record', 'rollout_looks', 'approval',
+           'monitoring_tables', 'database_files', 'files_stamp', 'watched_files', 'refresh', 'refresh_once',
+           'wait_and_serve', 'main']
 
 # %% ../../nbs/pages/01_reader.ipynb #fec899c8
 ModelTables = dict[str, tuple[Sequence[str], list[Sequence[Any]]]]
@@ -116,6 +119,14 @@ def rollout_looks(workspace: Workspace, name: str) -> list[Sequence[Any]]:
     return [(line,) for line in lines[-SHOWN_LOOKS:]]
 
 
+def approval(workspace: Workspace, ledger: Ledger, candidate: str) -> str:
+    """Return what the second person said of a release: "wanted", "by NAME", or "" where none is asked for."""
+    if not workspace.settings.control.four_eyes:
+        return ""
+    found = approved_by(ledger, ledger.release(candidate))
+    return f"by {found[0]}" if found else "wanted"
+
+
 def monitoring_tables(workspace: Workspace) -> ModelTables:
     """Return the tables `latest`, `looks`, `rollouts`, `rollout_looks`, `slots`, `releases` and `decisions`."""
     folder = workspace.monitoring
@@ -128,6 +139,10 @@ def monitoring_tables(workspace: Workspace) -> ModelTables:
             ledger.rollouts()[:SHOWN_ROLLOUTS],
         )
         decisions = ledger.decisions(limit=SHOWN_DECISIONS)
+        access = buttons_for(ledger, workspace.settings.pages.rollout_buttons)
+        approvals = {
+            r.name: approval(workspace, ledger, r.candidate) for r in rollouts if not r.ended_at
+        }
     finally:
         ledger.close()
     names = {release.digest: release.name for release in releases}
@@ -149,7 +164,8 @@ def monitoring_tables(workspace: Workspace) -> ModelTables:
                 "ended",
                 "reason",
                 "version",
-                "may_move",
+                "access",
+                "approval",
             ),
             [
                 (
@@ -163,7 +179,8 @@ def monitoring_tables(workspace: Workspace) -> ModelTables:
                     r.ended_at or "",
                     r.reason,
                     r.version,
-                    int(workspace.settings.pages.rollout_buttons),
+                    access,
+                    approvals.get(r.name, ""),
                 )
                 for r in rollouts
             ],

@@ -5,6 +5,7 @@
 # %% ../../nbs/pages/09_requests.ipynb #b668d4cc
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import time
@@ -18,14 +19,15 @@ from ..core.errors import UsageError, WorkbenchError, shorten
 from ..core.files import read_json, write_json
 
 # %% auto #0
-__all__ = ['KINDS', 'KEPT_ANSWERS', 'Request', 'Answer', 'check_request', 'ask', 'open_requests', 'read_request', 'give_answer',
-           'read_answer']
+__all__ = ['SIGNED', 'KINDS', 'KEPT_ANSWERS', 'Request', 'Answer', 'check_request', 'signed_text', 'ask', 'open_requests',
+           'read_request', 'give_answer', 'read_answer']
 
-# %% ../../nbs/pages/09_requests.ipynb #3fe16031
+# %% ../../nbs/pages/09_requests.ipynb #b3a3c133
+SIGNED = ("token", "signature")  # which token signed the other values; both empty without one
 KINDS = {
     "diff": ("before", "after"),
-    "decide": ("dataset", "accept", "reject"),
-    "move": ("verb", "rollout", "seen", "reason"),  # of the rollout, as it was seen
+    "decide": ("dataset", "accept", "reject", *SIGNED),
+    "move": ("verb", "rollout", "seen", "reason", *SIGNED),  # of the rollout, as it was seen
 }
 
 
@@ -61,6 +63,11 @@ def check_request(content: Mapping[str, Any], identity: str) -> Request:
         if (keys and not isinstance(value, list)) or not all(isinstance(t, str) for t in texts):
             raise UsageError(f"expected {name} to be text, found {shorten(value)}; ask again")
     return Request(identity, kind, values)
+
+# %% ../../nbs/pages/09_requests.ipynb #2c7a40d8
+def signed_text(values: Mapping[str, Any]) -> str:
+    """Return what is signed of a request's values: all but the signature."""
+    return json.dumps({name: values[name] for name in sorted(values) if name != "signature"})
 
 # %% ../../nbs/pages/09_requests.ipynb #aa30ad7d
 def ask(

@@ -68,7 +68,7 @@ class Review(ipywidgets.VBox):  # type: ignore[misc]
     def __init__(self, record: Callable[[list[str], list[str]], None]) -> None:
         self.rows: Sequence[Row] = ()
         self.choices: dict[str, str] = {}
-        self.first, self.record = 0, record
+        self.first, self.record, self.allowed = 0, record, True
         self.head = ipywidgets.HTML()
         self.lines = [RowChoice(self.choose) for _ in range(SHOWN)]
         self.back = ipywidgets.Button(description="Rows before")
@@ -129,6 +129,13 @@ class Review(ipywidgets.VBox):  # type: ignore[misc]
         )
         self.send.description = f"Record {accept:,} accepted, {reject:,} rejected"
         self.send.disabled = not (accept or reject)
+        self.send.layout.display = "" if self.allowed else "none"
+
+    def allow(self, allowed: bool) -> None:
+        """Say whether what is chosen may be recorded by this viewer."""
+        if allowed != self.allowed:
+            self.allowed = allowed
+            self.say()
 
     def on_send(self) -> None:
         """Hand over what was chosen."""

@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import json
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakMethod
-
-import ipywidgets
 
 from ..core.assignment import share_words
 from .charts import Chart, chart_html
-from .look import Markup, block, escape, table_html
-from .requests import ask, read_answer
+from .look import Markup, escape, table_html
 
 # %% auto #0
-__all__ = ['Row', 'WIDE', 'VERBS', 'number', 'sequence_chart', 'sides_html', 'copy_html', 'rollout_html', 'RolloutMoves']
+__all__ = ['Row', 'WIDE', 'METRICS', 'WORDS', 'number', 'chart_title', 'sequence_chart', 'steps_html', 'split_html', 'word_html',
+           'sides_html', 'copy_html', 'rollout_html']
 
 # %% ../../nbs/pages/06_rollout_panel.ipynb #afc0cee0
 Row = Mapping[str, Any]
-WIDE = 1.0  # an interval wider than that says nothing yet and would flatten the drawing
+WIDE = 1.0  # an interval wider than that, or than four times the narrowest of its step, would flatten the drawing
 
 
 def number(value: object) -> float | None:
@@ -32,27 +28,83 @@ def number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
+METRICS = {  # what a rollout may be decided by: its name, and which side of zero is the better one
+    "accuracy": ("accuracy", "above"),
+    "brier": ("Brier score", "below"),
+    "log_loss": ("log loss", "below"),
+}
+
+
+def chart_title(look: Row) -> str:
+    """Return what the line says: the metric, and on which side of zero the new release is better."""
+    name, side = METRICS.get(str(look.get("metric")), ("", ""))
+    where = f"{name}, better {side} 0" if name else "with its confidence sequence"
+    return f"New minus old: {where}"
+
+
 def sequence_chart(looks: Sequence[Row]) -> str:
-    """Return the difference of the two releases at each look of the present step, with its confidence sequence."""
-    mine = [look for look in looks if look["step"] == looks[-1]["step"]]
+    """Return the difference of the two releases at each look, with its confidence sequence, which begins anew with each step."""
+    mine: list[Row] = []
+    for look in looks:
+        if mine and look["step"] != mine[-1]["step"]:
+            mine.append({"at_seconds": look["at_seconds"], "step": look["step"]})  # a gap
+        mine.append(look)
     lows, values, highs = (
-        [number(look[name]) for look in mine] for name in ("low", "value", "high")
+        [number(look.get(name)) for look in mine] for name in ("low", "value", "high")
     )
-    known = [
-        low is not None and high is not None and high - low <= WIDE
-        for low, high in zip(lows, highs, strict=True)
-    ]
+    known = [False] * len(mine)
+    for step in {look["step"] for look in mine}:
+        wide = {
+            place: high - low
+            for place, (low, high) in enumerate(zip(lows, highs, strict=True))
+            if mine[place]["step"] == step and low is not None and high is not None
+        }
+        for place, width in wide.items():
+            known[place] = width <= min(WIDE, 4 * min(wide.values()))
 
     def only(numbers: Sequence[float | None]) -> list[float | None]:
         return [value if there else None for value, there in zip(numbers, known, strict=True)]
 
     if not any(known):
         return ""
+    before = "" if known[-1] else ", as it was before this step"
     chart = Chart(
-        "New minus old, with its confidence sequence", [look["at_seconds"] for look in mine], only(values), "{:+.4f}",
+        chart_title(mine[-1]) + before, [look["at_seconds"] for look in mine], only(values), "{:+.4f}",
         limit=0.0, limit_name="no difference at", from_zero=False, lows=only(lows), highs=only(highs),
     )  # fmt: skip
     return f'<div class="mwb-charts">{chart_html(chart)}</div><br>'
+
+
+def steps_html(steps: Sequence[float], step: int, goes_on: bool) -> str:
+    """Return the steps in their order: done, the present one, to come."""
+    items = []
+    for place, share in enumerate(steps):
+        kind = "done" if place < step else "now" if place == step else "later"
+        mark = ' aria-current="step"' if kind == "now" and goes_on else ""
+        words = f"{share * 100:g} %" if share else "shadow"
+        items.append(f'<li class="{kind}"{mark}>{words}</li>')
+    return f'<ol class="mwb-steps" aria-label="steps">{"".join(items)}</ol>'
+
+
+def split_html(rollout: Row, share: float) -> str:
+    """Return who answers how much of the traffic, in words and as a bar."""
+    old, new = escape(rollout["champion"]), escape(rollout["candidate"])
+    words = f"{old} answers {1 - share:.0%} of the traffic, {new} {share:.0%}"
+    if not share:
+        words = f"{old} answers all of the traffic, {new} gets a copy and is not heard"
+    bar = f'<span style="flex: {1 - share:.4f}"></span><span class="new" style="flex: {share:.4f}"></span>'
+    return f'<p>{words}</p><div class="mwb-split" aria-hidden="true">{bar}</div>'
+
+
+WORDS = {"better": "good", "equivalent": "good", "worse": "bad", "not yet": "none"}
+
+
+def word_html(look: Row) -> str:
+    """Return the word on the new release with its reason."""
+    colour = WORDS.get(str(look["word"]), "none")
+    shape = {"good": "\u25cf", "bad": "\u25c6"}.get(colour, "\u25cb")
+    mark = f'<em class="mwb-state {colour}"><i aria-hidden="true">{shape}</i> {escape(str(look["word"]).upper())}</em>'
+    return f"<p>{mark} {escape(look['why'])}</p>"
 
 
 def sides_html(look: Row) -> str:
@@ -66,9 +118,9 @@ def sides_html(look: Row) -> str:
                 "" if mean is None else f"{mean:.4f}", "" if p99 is None else f"{p99:.1f} ms",
             ]
         )  # fmt: skip
-    return table_html(
-        ["release", "rows", "entities", "with label", "mean", "p99"], rows, "", "the two releases"
-    )
+    mean_of = METRICS.get(str(look.get("metric")), ("mean", ""))[0]
+    columns = ["release", "rows", "entities", "with label", mean_of, "p99"]
+    return table_html(columns, rows, "", "the two releases")
 
 
 def copy_html(look: Row) -> str:
@@ -96,11 +148,14 @@ def rollout_html(rollouts: Sequence[Row], looks: Sequence[Row]) -> str:
     share = f"{share_words(steps[newest['step']])}, step {newest['step'] + 1} of {len(steps)}"
     where = share if goes_on else f"ended {str(newest['ended'])[:16].replace('T', ' ')} UTC"
     last = shown[-1] if shown else None
-    said = f"{last['word']}: {last['why']}" if last and goes_on else newest["reason"]
+    said = word_html(last) if last and goes_on else f"<p>{escape(newest['reason'])}</p>"
+    steps_words = steps_html(steps, newest["step"], goes_on)
+    if goes_on:
+        steps_words += split_html(newest, steps[newest["step"]])
     head = (
         f'<div class="mwb-banner {colour}" role="status"><strong>{escape(newest["status"])}</strong>'
         f"<span>{escape(newest['candidate'])} against {escape(newest['champion'])}</span><span>{escape(where)}</span></div>"
-        f"<p>{escape(said)}</p>"
+        f"{steps_words}{said}"
     )
     if last and goes_on and not last["reason"].startswith("not yet"):
         head += f"<p>Next: {escape(last['reason'])}</p>"
@@ -119,85 +174,7 @@ def rollout_html(rollouts: Sequence[Row], looks: Sequence[Row]) -> str:
         for row in rollouts[1:]
     ]
     columns = ["rollout", "release", "against", "ended", "at (UTC)", "why"]
-    more = (
-        "<h3>Former rollouts</h3>" + table_html(columns, former, "", "former rollouts")
-        if former
-        else ""
-    )
+    table = table_html(columns, former, "", "former rollouts")
+    words = "1 former rollout" if len(former) == 1 else f"{len(former)} former rollouts"
+    more = f"<details><summary>{words}</summary>{table}</details>" if former else ""
     return f"<h2>Rollout</h2>{head}{body}{more}"
-
-# %% ../../nbs/pages/06_rollout_panel.ipynb #f45790ad
-VERBS = {"pause": "Pause", "resume": "Resume", "promote": "Promote to all", "abort": "Abort"}
-
-
-class RolloutMoves(ipywidgets.VBox):  # type: ignore[misc]
-    """The buttons below the rollout, and what became of the last press."""
-
-    def __init__(
-        self,
-        folder: Path,  # of the read models
-        read_soon: WeakMethod[
-            Callable[[], None]
-        ],  # of the page, which these buttons do not keep alive
-    ) -> None:
-        self.folder, self.read_soon = folder, read_soon
-        self.rollout, self.asked = dict[str, Any](), ""
-        # as a whole, once it is left: letter by letter a press could come before the last of them
-        self.reason = ipywidgets.Text(
-            description="Why", placeholder="stands in the audit", continuous_update=False,
-            layout={"width": "min(100%, 32em)"},
-        )  # fmt: skip
-        self.buttons = {verb: ipywidgets.Button(description=words) for verb, words in VERBS.items()}
-        for verb, button in self.buttons.items():
-            button.on_click(lambda _, verb=verb: self.on_press(verb))
-        self.buttons["abort"].button_style = "danger"
-        self.words = ipywidgets.HTML()
-        row = ipywidgets.HBox(list(self.buttons.values()))
-        row.add_class("mwb-buttons")
-        super().__init__([self.reason, row, self.words])
-        self.add_class("mwb-moves")
-        self.show({})
-
-    def show(self, rollout: Row) -> None:
-        """Show what may be done with a rollout: nothing with one that is over, or where it is not allowed."""
-        self.rollout = dict(rollout)
-        self.reason.layout.display = "" if self.movable else "none"
-        for verb, button in self.buttons.items():
-            fits = verb != ("resume" if rollout.get("status") == "running" else "pause")
-            button.layout.display = "" if self.movable and fits else "none"
-        self.tick()
-
-    @property
-    def movable(self) -> bool:
-        """Whether the rollout goes on, and buttons are allowed."""
-        return bool(self.rollout.get("may_move")) and not self.rollout.get("ended")
-
-    def on_press(self, verb: str) -> None:
-        """Ask for a move; without a reason say that one is wanted."""
-        why = self.reason.value.strip()
-        if not why:
-            self.words.value = block(
-                "<p class='mwb-problem' role='status'>Say why first: it stands in the audit.</p>"
-            )
-            return
-        seen = str(self.rollout["version"])
-        self.asked = ask(
-            self.folder, "move", verb=verb, rollout=self.rollout["name"], seen=seen, reason=why
-        )
-        self.reason.value = ""
-        self.tick()
-        if (read_soon := self.read_soon()) is not None:
-            read_soon()
-
-    def tick(self) -> None:
-        """Say what became of the last press; no button works while it is on its way."""
-        answer = read_answer(self.folder, self.asked) if self.asked else None
-        for button in self.buttons.values():
-            button.disabled = bool(self.asked) and answer is None
-        if self.asked and answer is None:
-            self.words.value = block(
-                "<p class='mwb-said' role='status'>Your move is being made ...</p>"
-            )
-        elif answer is not None:
-            kind = "mwb-said" if answer.done else "mwb-problem"
-            self.words.value = block(f"<p class='{kind}' role='status'>{escape(answer.text)}</p>")

@@ -103,6 +103,8 @@ def change_words(version: Row) -> str:
     words = {"added": "+{:,} added", "removed": "\u2212{:,} removed", "changed": "{:,} changed"}
     words["relabelled"] = "{:,} relabelled"
     parts = [form.format(counts[kind]) for kind, form in words.items() if counts[kind]]
+    if counts.get("columns"):
+        parts.append(f"{counted(counts['columns'], 'column')} added or removed")
     return ", ".join(parts) or "the same rows"
 
 # %% ../../nbs/pages/13_timeline.ipynb #ac3cd4d9

@@ -18,9 +18,12 @@ from ..core.files import write_json
 from ..core.ledger import Ledger
 from ..core.workspace import Workspace
 from ..experiment.runs import show_run
+from .replayed_rollout import Course
+from .rollout_record import missing_records
+from ..release.deployment import data_slot
 
 # %% auto #0
-__all__ = ['Promise', 'within', 'serving_promises', 'decision_promises', 'write_board']
+__all__ = ['Promise', 'within', 'serving_promises', 'decision_promises', 'rollout_promises', 'write_board']
 
 # %% ../../nbs/pipeline/42_board.ipynb #e71a734e
 @dataclass(frozen=True)
@@ -92,6 +95,54 @@ def decision_promises(workspace: Workspace, bad_release: str, bad_batch: str) ->
             "every decision is on record, unchanged",
             f"{audit.records} records, {len(audit.problems)} problems",
             audit.ok and audit.records > 0,
+        ),
+    ]
+
+# %% ../../nbs/pipeline/42_board.ipynb #2b817d94
+def rollout_promises(
+    workspace: Workspace, better: Course, undecided: Course, worse: Course
+) -> list[Promise]:
+    """Look up how the rollouts of a better, of an equal and of a worse release ended."""
+    ledger = Ledger(workspace.ledger_url)
+    champion = ledger.slot("champion")
+    serving = ledger.release(champion.digest) if champion else None
+    data = ledger.slot(data_slot(serving.data_version)) if serving else None
+    back = serving is not None and data is not None and data.digest == serving.data_version
+    barred = ledger.release(worse.candidate).status == "barred"
+    records = missing_records(workspace)
+    decided = [d for d in ledger.decisions(1000, "rollout") if d.verdict != "started"]
+    return [
+        Promise(
+            "a better release takes over by itself",
+            f"{better.candidate} {better.words}, {better.seconds:.0f} s here",
+            better.rollout.status == "promoted" and better.look["word"] == "better",
+        ),
+        Promise(
+            "what was not shown does not take over",
+            f"{undecided.candidate} {undecided.words}",
+            undecided.rollout.status == "aborted" and undecided.look["word"] == "not yet",
+        ),
+        Promise(
+            "a worse release goes back by itself, data and model",
+            f"{worse.candidate} {worse.words}; {serving.name if serving else 'nothing'} and "
+            f"{data.digest if data else 'no data'} again",
+            worse.rollout.status == "aborted"
+            and worse.look["word"] == "worse"
+            and (serving.name if serving else "") == worse.champion
+            and back
+            and barred,
+        ),
+        within(
+            "rolled back by itself in under 60 s",
+            worse.follow_seconds,
+            60,
+            "s",
+            "from the decision to the last answer of the worse release",
+        ),
+        Promise(
+            "every move of a rollout has a notebook that shows why",
+            f"{len(decided)} moves, {len(records)} notebooks missing",
+            bool(decided) and not records,
         ),
     ]
 

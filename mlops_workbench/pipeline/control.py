@@ -38,8 +38,8 @@ from ..release.deployment import CHAMPION, clear_release, rollback
 from ..release.rollout_evidence import read_evidence
 from ..release.rollout_judge import next_move
 
-# %% ../../nbs/pipeline/48_control.ipynb #30fa51a4
-OPEN_ROUTES = ("/health",)
+# %% ../../nbs/pipeline/48_control.ipynb #f350de29
+OPEN_ROUTES = ("/", "/health")
 
 
 class _Needs:
@@ -321,6 +321,16 @@ def create_control(workspace: Workspace) -> FastAPI:
     def refuse(request: Request, error: WorkbenchError) -> JSONResponse:
         status = next((code for kind, code in STATUS if isinstance(error, kind)), 409)
         return JSONResponse({"detail": str(error)}, status)
+
+    @app.get("/", include_in_schema=False)
+    def index() -> dict[str, str]:
+        """What somebody who opens this address in a browser needs to know."""
+        return {
+            "what": "control plane of the mlops workbench: an API for releases, rollouts, data and tokens",
+            "first": "mwb access add NAME --role viewer; send `Authorization: Bearer TOKEN`",
+            "routes": "/openapi.json",
+            "pages": "for people there are pages: mwb pages",
+        }
 
     @app.get("/health")
     def health() -> dict[str, str]:

@@ -14,7 +14,8 @@ from ..data.collection import Collection, collect
 from ..data.names import named_versions
 from ..data.versions import DataStore
 from .cycles import cycle_names, open_runs
-from .data_line import DATA_PARAMETERS, DATA_SLOT
+from ..data.defaults import DATA_SLOT
+from .data_line import DATA_PARAMETERS
 from .manifest import read_manifest, read_run
 
 # %% ../../nbs/pipeline/47_data_gc.ipynb #b7e4805c

@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from ..core.errors import DataError
 from ..core.ledger import Ledger
 from ..core.workspace import Workspace
+from mlops_workbench.data.defaults import (
+    data_slot,
+    default_versions,
+    record_default,
+    withdrawn_versions,
+)
 from ..data.findings import rows_in_words
 from ..data.names import with_data_set
 from ..data.records import DataVersion
 from ..data.versions import DataStore
-from .data_line import withdrawn_versions
-from ..release.deployment import data_slot
 
 # %% ../../nbs/pipeline/46_data_rollback.ipynb #8105b9af
 @dataclass(frozen=True)
@@ -64,8 +68,8 @@ def rollback_data(
     store.load(version)
     ledger = Ledger(workspace.ledger_url)
     slot = ledger.slot(data_slot(version.ref))
-    before = slot.digest if slot is not None else _newest(store, version)
-    if slot is not None and before == version.ref:
+    before = default_versions(workspace).get(version.name) or _newest(store, version)
+    if before == version.ref and (slot is not None or version.ref != _newest(store, version)):
         return DataRollback(version.ref, before, version.rows, False, (), 0)
     known = withdrawn_versions(workspace, version.name)
     with ledger.decision(
@@ -83,6 +87,7 @@ def rollback_data(
             key=f"data-rollback-{version.ref}-{change.decision_id}",
         )
     withdrawn = withdrawn_versions(workspace, version.name) - known
+    record_default(workspace, version.ref)
     return DataRollback(
         version.ref,
         before,

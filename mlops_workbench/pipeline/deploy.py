@@ -67,17 +67,26 @@ def evaluated_digest(stage: Stage, evaluated: Manifest | None) -> str:
         )
     return str(evaluated.read("release.json")["digest"])
 
-# %% ../../nbs/pipeline/34_deploy.ipynb #8a5f05ae
-def begin_rollout(stage: Stage, wanted: str) -> Outcome | None:
+# %% ../../nbs/pipeline/34_deploy.ipynb #e58d4860
+def begin_rollout(stage: Stage, wanted: str, force: bool = False) -> Outcome | None:
     """Start a rollout where the settings ask for one and another release serves; None otherwise."""
     ledger = Ledger(stage.workspace.ledger_url)
     release, slot = ledger.release(wanted), ledger.slot(CHAMPION)
     steps = stage.workspace.settings.rollout.shares
     if not steps or slot is None or slot.digest == release.digest:
         return None
+    kinds = {
+        read_manifest(Path(ledger.release(d).path)).kind for d in (slot.digest, release.digest)
+    }
+    if kinds != {"onnx"}:
+        return None  # an imported model answers all traffic or none
     by = decided_by(stage)
     rollout = start_rollout(
-        stage.workspace, wanted, actor=by["actor"], record_path=by.get("record_path")
+        stage.workspace,
+        wanted,
+        actor=by["actor"],
+        force=force,
+        record_path=by.get("record_path"),
     )
     stage.data_version = release.data_version
     champion = ledger.release(slot.digest).name
@@ -103,10 +112,10 @@ def deploy_release(
 ) -> Outcome:
     """Deploy the named release, or the one that this cycle evaluated, and wait for its first answer.
 
-    Where the settings name the steps of a rollout, it gets its first share of the traffic instead.
+    Where the settings name the steps of a rollout, it gets its first share of the traffic instead, forced or not.
     """
     wanted = release or evaluated_digest(stage, evaluated)
-    if not force and (begun := begin_rollout(stage, wanted)) is not None:
+    if (begun := begin_rollout(stage, wanted, force)) is not None:
         return begun
     start = time.monotonic()
     change = deploy(

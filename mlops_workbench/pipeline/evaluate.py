@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -18,26 +19,50 @@ from .stage import Stage
 from ..recipes.protocol import encode
 from ..release.bundles import build_bundle, predict_onnx
 from ..release.deployment import CHAMPION, next_release_name, record_release
-from ..release.gates import GateReport, evaluate_gates
+from ..release.gates import OPTIMISATION_FILE, GateReport, client_rows, evaluate_gates
+from ..release.optimise import Optimisation, optimise
+from ..release.probe import LOAD_FILE, prove_server
 from ..release.standard import gate_of
 
 # %% auto #0
-__all__ = ['build_candidate', 'run_gates', 'record_verdict']
+__all__ = ['optimise_model', 'build_candidate', 'run_gates', 'record_verdict']
 
-# %% ../../nbs/pipeline/33_evaluate.ipynb #1ac8f867
-def build_candidate(stage: Stage, trained: Manifest, parts: dict[str, pd.DataFrame]) -> Path:
-    """Build the bundle of a finished training and return its folder."""
-    onnx = trained.path("model.onnx")
+# %% ../../nbs/pipeline/33_evaluate.ipynb #1a69f94a
+def optimise_model(stage: Stage, trained: Manifest, parts: dict[str, pd.DataFrame]) -> Optimisation:
+    """Try the forms of the trained model that can be had here, and choose the one that serves."""
+    settings = stage.workspace.settings
+    arrays, labels = encode(stage.recipe, parts["test"])
+    return optimise(
+        stage.recipe,
+        gate_of(settings, stage.recipe.name),
+        trained.path("model.onnx"),
+        arrays,
+        labels,
+        stage.work / "forms",
+        wanted=settings.serving.optimise,
+    )
+
+# %% ../../nbs/pipeline/33_evaluate.ipynb #3c7844f7
+def build_candidate(
+    stage: Stage, trained: Manifest, parts: dict[str, pd.DataFrame], optimisation: Optimisation
+) -> Path:
+    """Build the bundle of a finished training, with the form of its model that serves, and return its folder."""
+    exported, serves = trained.path("model.onnx"), optimisation.kept.path
     trained.path("model.safetensors")
     arrays, labels = encode(stage.recipe, parts["test"])
-    probabilities = predict_onnx(onnx, arrays)
+    probabilities = predict_onnx(serves or exported, arrays)
+    rows = client_rows(stage.recipe, parts["test"])
+
+    def prove(bundle: Path) -> dict[str, Any]:
+        return {LOAD_FILE: prove_server(bundle, rows, stage.workspace.settings.release).as_dict()}
+
     version = stage.data.resolve(stage.data_version)
     gate = gate_of(stage.workspace.settings, stage.recipe.name)
     return build_bundle(
         stage.workspace,
         name=next_release_name(stage.workspace, stage.recipe.name),
         recipe=stage.recipe.name,
-        model_folder=onnx.parent,
+        model_folder=exported.parent,
         features=stage.recipe.features.ignoring(map(str, parts["train"].columns)),
         profile=build_profile(parts["train"], stage.recipe.features, probabilities, labels=labels),
         parameters=trained.read("parameters.json"),
@@ -48,6 +73,9 @@ def build_candidate(stage: Stage, trained: Manifest, parts: dict[str, pd.DataFra
         provenance=collect(stage.workspace, None),
         run_id=trained.run_id,
         cycle=stage.cycle,
+        onnx=serves,
+        more={OPTIMISATION_FILE: optimisation.as_dict()},
+        prove=prove,
     )
 
 # %% ../../nbs/pipeline/33_evaluate.ipynb #185cfb4d

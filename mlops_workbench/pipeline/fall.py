@@ -17,6 +17,7 @@ from ..core.bundle import read_manifest
 from ..core.errors import UsageError, WorkbenchError, shorten
 from ..core.ledger import DecisionRow, Ledger, ReleaseRow
 from ..core.workspace import Workspace
+from ..data.names import whole_ref
 from ..data.versions import DataStore
 from ..experiment.runs import show_run
 from ..monitoring.prediction_store import read_window
@@ -179,13 +180,15 @@ def read_fall(
         )
     sides, windows = [], []
     minutes = workspace.settings.monitoring.window_minutes
-    for text in (good, bad):
+    releases = {release.name for release in Ledger(workspace.ledger_url).releases()}
+    for text, other in ((good, bad), (bad, good)):
         window = read_moment(text, minutes) if DATE.fullmatch(text) else None
+        ref = text if text in releases or window else whole_ref(workspace, text, other)
         windows.append(window)
         if window is not None:
             sides.append(release_side(workspace, answering_release(workspace, window)))
-        elif "@" in text:
-            sides.append(data_side(workspace, text, recipe))
+        elif "@" in ref:
+            sides.append(data_side(workspace, ref, recipe))
         else:
             sides.append(release_side(workspace, Ledger(workspace.ledger_url).release(text)))
     asked = " against ".join(

@@ -12,7 +12,7 @@ from ..core.errors import DataError
 from ..data.findings import rows_in_words
 from ..data.forced import forced_rows, row_index, rows_brought_by
 from ..data.versions import DataStore
-from .data_line import withdrawn_versions
+from ..data.defaults import withdrawn_versions
 from ..recipes.protocol import Recipe
 
 # %% auto #0

@@ -20,8 +20,9 @@ from ..monitoring.prediction_store import read_window
 from .deploy import follow_in_registry
 from .rollout_record import missing_records, start_writer
 from .runner import CycleResult, run_stages
+from ..recipes.protocol import load_recipe
 from ..release.deployment import write_projection
-from ..release.deployment import default_data
+from ..data.defaults import default_versions
 from ..release.regime_watch import tend_regimes
 from ..release.rehearsal import drill, drill_due, rehearse, unrehearsed
 from ..release.rollout_judge import tend_rollout
@@ -43,7 +44,7 @@ class Waiting:
 def waiting_rows(workspace: Workspace, dataset: str) -> Waiting:
     """Count the labelled requests since the data set's default version was made."""
     until = timestamp()
-    ref = default_data(workspace, dataset)
+    ref = default_versions(workspace).get(dataset)
     if ref is None:
         return Waiting(0, until, until)
     since = datetime.fromisoformat(DataStore(workspace).resolve(ref).created_at).timestamp()
@@ -60,6 +61,12 @@ def one_turn(workspace: Workspace, dataset: str, say: Callable[[str], None]) -> 
         say(f"{stage.stage}: {stage.summary or stage.status}")
     decision = looked.stages[-1]
     if decision.stage != "update" or decision.verdict != "retrain" or waiting.rows == 0:
+        return None
+    recipe = workspace.settings.workspace.recipe
+    if unlogged := load_recipe(recipe, workspace.root).features.unlogged:
+        say(
+            f"no new cycle from the log, which lacks the private {', '.join(unlogged)}: bring rows by `mwb data import`"
+        )
         return None
     if (rollout := Ledger(workspace.ledger_url).open_rollout()) is not None:
         say(f"no new cycle while {rollout.name} goes on; see `mwb release status`")

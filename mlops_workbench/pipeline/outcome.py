@@ -51,9 +51,10 @@ def write_output(stage: Stage, name: str, value: Any) -> Path:
 # %% ../../nbs/pipeline/30_outcome.ipynb #9b69724d
 def standing_version(stage: Stage) -> str | None:
     """The default version of the recipe's data set, or the newest while none was decided; None when there is none."""
-    from mlops_workbench.release.deployment import data_slot
+    from mlops_workbench.data.defaults import data_slot, default_versions
 
-    default = stage.slot(data_slot(stage.recipe.dataset))
+    name = stage.recipe.dataset  # the slot that a stage read is kept, so that a moved one is seen
+    default = stage.slot(data_slot(name)) or default_versions(stage.workspace).get(name)
     if default is not None:
         return default
     latest = stage.data.latest(stage.recipe.dataset)

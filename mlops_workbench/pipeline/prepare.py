@@ -20,7 +20,7 @@ from ..monitoring.prediction_store import read_window
 from .outcome import Outcome, decided_by, standing_version, write_output
 from .stage import Stage
 from ..recipes.protocol import Recipe, delivered_rows
-from ..release.deployment import set_default_data
+from ..data.defaults import set_default_data
 
 # %% auto #0
 __all__ = ['read_batch', 'read_file', 'labelled_requests', 'accepted_rows', 'check_batch', 'keep_evidence', 'snapshot_batch']
@@ -52,7 +52,12 @@ def labelled_requests(
     workspace: Workspace, recipe: Recipe, since: float, until: float
 ) -> pd.DataFrame:
     """Return the logged requests of a window whose true class has arrived, as rows of the recipe's table."""
-    window = read_window(workspace.predictions, since, until).predictions
+    if unlogged := recipe.features.unlogged:
+        raise DataError(
+            f"expected the log to hold every feature of {recipe.name}, found {', '.join(unlogged)} private: not logged; "
+            "bring new rows by file: mwb data import"
+        )
+    window = read_window(workspace.predictions, since, until).with_inputs
     window = window[window["label"].notna()]
     if window.empty:
         raise DataError(
@@ -89,6 +94,7 @@ def check_batch(
         label=features.label,
         schema=stage.recipe.schema(),
         features=[feature.name for feature in features.features],
+        classes=features.classes,
         skip=[str(features.key)] if stage.parameters.get("log_since") else [],  # ids of requests
     )
     known = 0 if previous is None else len(previous)
@@ -148,6 +154,7 @@ def _store(
         label=recipe.features.label,
         by=by,
         source=f"{stage.cycle}/{stage.folder.name}",
+        classes=recipe.features.classes,
         place=str(stage.folder),
         force=force,
         message=message,

@@ -228,6 +228,14 @@ class Traffic:
     moved: Mapping[str, tuple[str, Mapping[str, Any]]] = field(
         default_factory=dict
     )  # column -> where it went in words, and both histograms
+    unlogged: tuple[str, ...] = ()  # private features: without them no model can be asked again
+
+    @property
+    def why_unweighed(self) -> str:
+        """Why the losses of this traffic cannot be taken apart."""
+        if self.unlogged:
+            return f"{', '.join(self.unlogged)} not logged, so that no model can be asked again"
+        return "too few true answers"
 
 
 def judge_service(traffic: Traffic | None) -> Finding:
@@ -293,7 +301,7 @@ def judge_traffic(traffic: Traffic | None) -> Finding:
         return Finding(
             "traffic",
             "changed" if moved else "innocent",
-            f"{words}; too few true answers to weigh it",
+            f"{words}; not weighed: {traffic.why_unweighed}",
             numbers,
         )
     numbers |= {
@@ -311,7 +319,8 @@ def judge_traffic(traffic: Traffic | None) -> Finding:
 def judge_concept(traffic: Traffic | None) -> Finding:
     """Whether labels of like rows changed."""
     if traffic is None or traffic.shift is None:
-        return Finding("labels' meaning", "not measured", "too few true answers in the traffic")
+        why = "no stretch of traffic was named" if traffic is None else traffic.why_unweighed
+        return Finding("labels' meaning", "not measured", why)
     shift = traffic.shift
     numbers = {"part": shift.concept, "error": shift.concept_error, "overlap": shift.overlap}
     if shift.concept is None:
@@ -328,9 +337,12 @@ def traffic_frame(
 ) -> pd.DataFrame:
     """The requests of a window as rows of the recipe's table with `probabilities`; `label` is the class's number, -1 where unknown."""
     names = [feature.name for feature in recipe.features.features]
-    found = read_window(workspace.predictions, *window, columns=names).predictions
+    found = read_window(workspace.predictions, *window, columns=names).with_inputs
     columns: dict[str, Any] = {}
     for feature in recipe.features.features:
+        if feature.name in recipe.features.unlogged:
+            columns[feature.name] = [None] * len(found)
+            continue
         cells = found[f"row.{feature.name}" if f"row.{feature.name}" in found else feature.name]
         columns[feature.name] = (
             [np.asarray(v) for v in cells] if feature.kind == "image" else cells.tolist()
@@ -374,6 +386,8 @@ def moved_numbers(
     """
     found: list[tuple[float, str, tuple[str, dict[str, Any]]]] = []
     for feature in features.of_kind("number"):
+        if feature.name in features.unlogged:
+            continue
         sides = [
             pd.to_numeric(frame[feature.name]).dropna().to_numpy(dtype=np.float64)
             for frame in (before, now)
@@ -421,7 +435,7 @@ def read_traffic(
     rows_that_judge, _ = judging_rows(store, fall.good.data_version, fall.bad.data_version)
     held_out = choose_judges(recipe, rows_that_judge)
     held_out = held_out.assign(**{label: encode(recipe, held_out)[1]})
-    if len(labelled) >= settings.minimum_labels:
+    if len(labelled) >= settings.minimum_labels and not features.unlogged:
         last = len(features.classes) - 1
         shares = float((held_out[label] == last).mean()), float((labelled[label] == last).mean())
         try:
@@ -439,9 +453,11 @@ def read_traffic(
         minimum_effect=settings.minimum_effect,
         minimum_rows=settings.minimum_rows,
     )
-    gaps = _missing_shares(profile, rows)
+    gaps = _missing_shares(profile, rows.drop(columns=list(features.unlogged)))
     told = moved_numbers(held_out, rows, features)
-    return Traffic(service, before, rows, moved, gaps, shift, shares, features.classes, costs, told)
+    return Traffic(
+        service, before, rows, moved, gaps, shift, shares, features.classes, costs, told, features.unlogged
+    )  # fmt: skip
 
 # %% ../../nbs/pipeline/53_suspects.ipynb #80dfba70
 def _service(workspace: Workspace, fall: Fall) -> tuple[ServiceFigures, ServiceFigures | None]:

@@ -34,6 +34,7 @@ class Replay:
     failed: tuple[str, ...]  # one text a failed request
     labels: Mapping[str, str] = field(repr=False, default_factory=dict)  # request id -> true class
     releases: Mapping[str, int] = field(default_factory=dict)  # release name -> rows it answered
+    answered: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # its first and last
 
     @property
     def p99_ms(self) -> float:
@@ -74,6 +75,7 @@ def replay_rows(
     latencies: list[float] = []
     failed: list[str] = []
     releases: dict[str, int] = {}
+    answered: dict[str, tuple[float, float]] = {}
     lock = threading.Lock()
 
     def send(part: Sequence[dict[str, Any]]) -> None:
@@ -83,14 +85,16 @@ def replay_rows(
                 with lock:
                     latencies.append(took)
                     failed.extend([problem] if problem else [])
+                    moment = timestamp()
                     releases[name] = releases.get(name, 0) + len(body["rows"])
+                    answered[name] = (answered.get(name, (moment, 0.0))[0], moment)
                     if progress:
                         progress(len(latencies) * rows_per_request)
 
     since = timestamp()
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(send, [bodies[i::clients] for i in range(clients)]))
-    return Replay(since, timestamp(), tuple(latencies), tuple(failed), labels, releases)
+    return Replay(since, timestamp(), tuple(latencies), tuple(failed), labels, releases, answered)
 
 # %% ../../nbs/pipeline/40_traffic.ipynb #2eca9056
 def send_one(client: httpx.Client, body: dict[str, Any]) -> tuple[float, str, str]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Scalar', 'Arrays', 'SHIPPED', 'Recipe', 'label_numbers', 'encode', 'select_rows', 'split_by_time', 'split_by_hash',
-           'load_recipe', 'known_classes', 'class_name', 'tidy', 'feature_columns_as', 'number_rows', 'delivered_rows']
+           'load_recipe', 'known_classes', 'tidy', 'feature_columns_as', 'number_rows', 'delivered_rows']
 
 # %% ../../nbs/recipes/00_protocol.ipynb #6df490a2
 import contextlib
@@ -244,15 +244,6 @@ def known_classes(workspace: "Workspace", dataset: str) -> tuple[str, ...]:
     except Exception:  # noqa: BLE001 -- a recipe is a person's own code; the numbers are shown then
         return ()
     return recipe.features.classes if recipe.dataset == dataset else ()
-
-
-def class_name(
-    label: object,
-    classes: Sequence[str],  # by number; none: labels are shown as they are
-) -> str:
-    """A label as a person calls it."""
-    number = int(str(label)) if str(label).isdigit() else len(classes)
-    return classes[number] if number < len(classes) else f"{label}"
 
 # %% ../../nbs/recipes/00_protocol.ipynb #61527896
 def _members() -> list[str]:

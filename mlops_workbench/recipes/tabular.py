@@ -9,7 +9,7 @@ __all__ = ['Source', 'DEFAULT_PARAMETERS', 'bin_edges', 'category_counts', 'read
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -136,6 +136,8 @@ class TabularRecipe:
         slices: Sequence[str] = (),
         entity: str | None = None,
         ignored: Sequence[str] = (),  # columns that are no features, but may come with a request
+        private: Mapping[str, Literal["hash", "drop"]]
+        | None = None,  # columns not logged as they come
         descriptions: Mapping[str, str] | None = None,  # column -> words for people
         primary_metric: str = "brier",
         parameters: Mapping[str, Scalar] | None = None,  # other defaults
@@ -188,6 +190,7 @@ class TabularRecipe:
             key=key or "row",
             entity=entity,
             ignored=tuple(ignored),
+            private=dict(private or {}),
         )
 
     def __repr__(self) -> str:

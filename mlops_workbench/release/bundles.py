@@ -8,13 +8,19 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..core.bundle import BundleManifest, manifest_digest, verify_bundle
+from mlops_workbench.core.bundle import (
+    MANIFEST_NAME,
+    BundleManifest,
+    manifest_digest,
+    verify_bundle,
+)
 from ..core.clock import iso, now
 from ..core.errors import BundleError
 from ..core.features import FeatureSchema
@@ -23,7 +29,7 @@ from ..core.workspace import Workspace
 from ..experiment.provenance import installed_packages
 
 # %% auto #0
-__all__ = ['MODEL_FILES', 'collect_files', 'build_bundle', 'input_names', 'predict_onnx']
+__all__ = ['MODEL_FILES', 'collect_files', 'seal', 'build_bundle', 'new_bundle', 'put_in_place', 'input_names', 'predict_onnx']
 
 # %% ../../nbs/release/00_bundles.ipynb #59609982
 MODEL_FILES = ("model.onnx", "model.safetensors")
@@ -36,19 +42,34 @@ def collect_files(
     features: FeatureSchema,
     profile: Mapping[str, Any],
     parameters: Mapping[str, Any],
-) -> dict[str, str]:
-    """Write the bundle's files into `folder` and return their sha256 by name; BundleError names a missing one."""
+    onnx: Path | None = None,  # the form of the model that serves; None: as it was exported
+) -> None:
+    """Write the bundle's files into `folder`; BundleError names a missing one."""
     for name in MODEL_FILES:
         if not (model_folder / name).is_file():
             raise BundleError(
                 f"expected {name} in {model_folder}, found none; run the train stage again"
             )
         shutil.copyfile(model_folder / name, folder / name)
+    if onnx is not None:
+        shutil.copyfile(onnx, folder / "model.onnx")
     write_json(folder / "features.json", features.model_dump(mode="json"))
     write_json(folder / "profile.json", dict(profile))
     write_json(folder / "parameters.json", dict(parameters))
     write_atomic(folder / "environment.lock", "\n".join(installed_packages()))
-    return {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+
+# %% ../../nbs/release/00_bundles.ipynb #78911bef
+def seal(folder: Path, manifest: BundleManifest) -> BundleManifest:
+    """Hash the folder's files into the manifest, write it beside them, and return it with its digest."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {path.relative_to(folder).as_posix(): path for path in paths}
+    files.pop(MANIFEST_NAME, None)
+    sealed = manifest.model_copy(
+        update={"files": {name: sha256_file(path) for name, path in files.items()}}
+    )
+    sealed = sealed.model_copy(update={"digest": manifest_digest(sealed)})
+    write_json(folder / MANIFEST_NAME, sealed.model_dump(mode="json"))
+    return sealed
 
 # %% ../../nbs/release/00_bundles.ipynb #dc88fccd
 def build_bundle(
@@ -67,18 +88,22 @@ def build_bundle(
     provenance: Mapping[str, str],  # of experiment.provenance: code_commit, dirty_hash, ...
     run_id: str,
     cycle: str,
+    onnx: Path | None = None,  # the form of the model that serves; None: as it was exported
+    more: Mapping[str, Any] | None = None,  # further files: name -> JSON value
+    prove: Callable[[Path], Mapping[str, Any]] | None = None,  # the same, measured on the bundle
 ) -> Path:
     """Build the bundle under `<state>/bundles/<digest>/` and return that folder, verified."""
-    workspace.bundles.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".building-", dir=workspace.bundles))
-    try:
-        files = collect_files(
+    with new_bundle(workspace) as work:
+        collect_files(
             work,
             model_folder=model_folder,
             features=features,
             profile=profile,
             parameters=parameters,
+            onnx=onnx,
         )
+        for file, value in (more or {}).items():
+            write_json(work / file, value)
         draft = BundleManifest(
             format=1,
             digest="0" * 64,  # not part of what is hashed
@@ -94,17 +119,33 @@ def build_bundle(
             parameters=dict(parameters),
             thresholds=dict(thresholds),
             metrics={key: float(value) for key, value in metrics.items() if np.isfinite(value)},
-            lock_digest=files["environment.lock"],
-            files=files,
+            lock_digest=sha256_file(work / "environment.lock"),
+            files={},  # seal fills them in
             inputs=tuple(input_names(features)),
         )
-        manifest = draft.model_copy(update={"digest": manifest_digest(draft)})
-        write_json(work / "manifest.json", manifest.model_dump(mode="json"))
-        final = workspace.bundles / manifest.digest
-        os.chmod(work, 0o755)
-        os.rename(work, final)
+        if prove is not None:
+            seal(work, draft)
+            for file, value in prove(work).items():
+                write_json(work / file, value)
+        return put_in_place(workspace, work, seal(work, draft))
+
+# %% ../../nbs/release/00_bundles.ipynb #6d76b561
+@contextmanager
+def new_bundle(workspace: Workspace) -> Iterator[Path]:
+    """A folder beside the finished bundles to build one in, gone afterwards unless it was put in place."""
+    workspace.bundles.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".building-", dir=workspace.bundles))
+    try:
+        yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def put_in_place(workspace: Workspace, work: Path, manifest: BundleManifest) -> Path:
+    """Give a sealed folder its final name, and return it, verified."""
+    final = workspace.bundles / manifest.digest
+    os.chmod(work, 0o755)
+    os.rename(work, final)
     verify_bundle(final, manifest.digest)
     return final
 

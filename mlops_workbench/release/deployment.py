@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..core.clock import iso, now
 from ..core.bundle import read_manifest, verify_bundle
@@ -23,24 +24,21 @@ from mlops_workbench.core.errors import (
 from ..core.files import file_lock
 from ..core.ledger import DecisionRow, Ledger, SlotRow
 from ..core.pointer import Pointer, SlotEntry, read_pointer, write_pointer
+from ..core.trust import check_trust
 from ..core.workspace import Workspace
+from ..data.defaults import data_slot, record_default
 from .approvals import check_four_eyes
 
 # %% auto #0
-__all__ = ['CHAMPION', 'CHALLENGER', 'SPECIAL', 'SHADOW', 'data_slot', 'Change', 'record_release', 'serving_regime',
-           'write_projection', 'next_release_name', 'deploy', 'former_champions', 'rollback_target', 'rollback',
-           'clear_release', 'set_default_data', 'default_data']
+__all__ = ['CHAMPION', 'CHALLENGER', 'SPECIAL', 'SHADOW', 'Change', 'record_release', 'record_link', 'link_words',
+           'serving_regime', 'write_projection', 'next_release_name', 'deploy', 'former_champions', 'rollback_target',
+           'rollback', 'clear_release']
 
 # %% ../../nbs/release/03_deployment.ipynb #27ebf87f
 CHAMPION = "champion"
 CHALLENGER = "challenger"  # the slot of a release that a rollout gives a share of the traffic
 SPECIAL = "special:"  # and a name: a model that waits, loaded, for a regime that is foreseen
 SHADOW = "shadow"  # of one that gets a copy: its answers are kept and not given
-
-# %% ../../nbs/release/03_deployment.ipynb #ee686247
-def data_slot(ref: str) -> str:
-    """Return the slot that holds the default version of a data set: flights@v1.1 -> data:flights."""
-    return f"data:{ref.split('@')[0]}"
 
 # %% ../../nbs/release/03_deployment.ipynb #97b36811
 @dataclass(frozen=True)
@@ -86,11 +84,25 @@ def record_release(
         if verdict == "refused":
             change.enqueue(
                 f"{manifest.name} was refused",
-                f"{manifest.name} ({manifest.data_version}): {report['reason']}. "
-                f"Nothing was deployed. Evidence: {record_path}",
+                f"{manifest.name} ({manifest.data_version}): {report['reason']}; "
+                f"nothing was deployed{link_words(workspace, record_path)}",
                 severity="warning",
                 key=f"refused-{manifest.digest}",
             )
+
+# %% ../../nbs/release/03_deployment.ipynb #8663c584
+def record_link(workspace: Workspace, path: Path | str) -> str:
+    """The notebook as a message names it: its address where the settings tell one, else its file."""
+    place = Path(path)
+    if place.is_relative_to(workspace.root):
+        place = place.relative_to(workspace.root)
+    address = workspace.settings.rollout.record_url.rstrip("/")
+    return f"{address}/{quote(place.as_posix())}" if address else place.as_posix()
+
+
+def link_words(workspace: Workspace, record_path: str | None) -> str:
+    """The end of a message about a decision: its notebook, or nothing."""
+    return f"; why: {record_link(workspace, record_path)}" if record_path else ""
 
 # %% ../../nbs/release/03_deployment.ipynb #ae7173e3
 def _entry(ledger: Ledger, digest: str) -> SlotEntry:
@@ -190,6 +202,7 @@ def deploy(
             f"with `mwb release show {release.name}`, or deploy it all the same: mwb run deploy -p deploy.force=true"
         )
     manifest = verify_bundle(Path(release.path), release.digest)
+    check_trust(ledger, manifest)
     slot = ledger.slot(CHAMPION)
     if slot is not None and slot.digest == release.digest:
         write_projection(workspace, ledger)
@@ -217,7 +230,8 @@ def deploy(
             change.set_release_status(release.digest, "approved")
         change.enqueue(
             f"{release.name} serves now",
-            f"{release.name} ({manifest.data_version}) replaced {before or 'nothing'}: {reason}",
+            f"{release.name} ({manifest.data_version}) replaced {before or 'nothing'}: {reason}"
+            + link_words(workspace, record_path),
             severity="info" if allowed else "warning",
             key=f"deployed-{release.digest}-{epoch}",
         )
@@ -322,11 +336,13 @@ def rollback(
             f"rolled back to {target.name}",
             f"{current.name} ({current.data_version}) was replaced by {target.name} ({target.data_version}), "
             f"data and model together: {reason}"
-            + ("; it is barred until a person clears it" if bar else ""),
+            + ("; it is barred until a person clears it" if bar else "")
+            + link_words(workspace, record_path),
             severity="critical",
             key=f"rollback-{current.digest}-{epoch}",
         )
     write_projection(workspace, ledger)
+    record_default(workspace, target.data_version)
     return Change(
         target.name, target.digest, current.name, target.data_version, epoch, change.decision_id
     )
@@ -344,30 +360,3 @@ def clear_release(workspace: Workspace, name: str, *, actor: str, reason: str) -
         "clear", actor=actor, subject=row.name, verdict="cleared", reason=reason
     ) as change:
         change.set_release_status(row.digest, "approved")
-
-# %% ../../nbs/release/03_deployment.ipynb #f78e7fae
-def set_default_data(
-    workspace: Workspace,
-    ref: str,
-    *,
-    actor: str,
-    reason: str,
-    cycle: str | None = None,
-    record_path: str | None = None,
-) -> None:
-    """Make a data version the one that the next batch is added to."""
-    ledger = Ledger(workspace.ledger_url)
-    slot = ledger.slot(data_slot(ref))
-    if slot is not None and slot.digest == ref:
-        return
-    with ledger.decision(
-        "data", actor=actor, subject=ref, verdict="default",
-        reason=reason, cycle=cycle, record_path=record_path,
-    ) as change:  # fmt: skip
-        change.set_slot(data_slot(ref), ref, slot.epoch if slot else 0)
-
-# %% ../../nbs/release/03_deployment.ipynb #a26add36
-def default_data(workspace: Workspace, name: str) -> str | None:
-    """Return the ref of the version that the next batch of a data set is added to, or None."""
-    slot = Ledger(workspace.ledger_url).slot(data_slot(name))
-    return slot.digest if slot else None

@@ -21,12 +21,12 @@ from ..core.settings import GateSettings
 from ..core.workspace import Workspace
 from ..recipes.protocol import Recipe, encode, feature_columns_as
 from .bundles import predict_onnx
-from .probe import json_row, measure_latency, probe_hostile, serve_bundle
+from .probe import ServerProof, json_row, prove_server, read_proof
 from .standard import check_metric
 
 # %% auto #0
-__all__ = ['QUALITY', 'GateResult', 'GateReport', 'bootstrap_interval', 'quality_gates', 'slice_gate', 'server_gates',
-           'answers_of', 'evaluate_gates']
+__all__ = ['QUALITY', 'OPTIMISATION_FILE', 'GateResult', 'GateReport', 'bootstrap_interval', 'quality_gates', 'slice_gate',
+           'server_gates', 'optimisation_gate', 'answers_of', 'client_rows', 'evaluate_gates']
 
 # %% ../../nbs/release/02_gates.ipynb #6c839768
 QUALITY = "quality: "  # begins the name of the gate on the recipe's metric
@@ -218,31 +218,32 @@ def slice_gate(
         "safety: worst slice", found.get(worst, 0.0), gate.slice_margin, "lower", evidence=evidence
     )
 
-# %% ../../nbs/release/02_gates.ipynb #8a385ad1
-def server_gates(
-    bundle: Path,
-    rows: list[dict[str, Any]],  # held-out rows as a client would send them
-    gate: GateSettings,
-    *,
-    requests: int,
-) -> list[GateResult]:
-    """Start the server on the bundle; return the latency gate and the hostile-input gate."""
-    with serve_bundle(bundle) as url:
-        figures = measure_latency(url, rows, requests)
-        wrong = probe_hostile(url, rows[0])
+# %% ../../nbs/release/02_gates.ipynb #ae8934f3
+def server_gates(proof: ServerProof, gate: GateSettings) -> list[GateResult]:
+    """Return the latency gate, the one on errors under load, and the hostile-input gate."""
+    latency, load = asdict(proof.latency), asdict(proof.load)
+    hostile = {"wrong": list(proof.wrong[:20])}
     return [
         GateResult(
-            "latency p99", figures.p99_ms, gate.latency_p99_ms, "lower", " ms", asdict(figures)
+            "latency p99", proof.latency.p99_ms, gate.latency_p99_ms, "lower", " ms", latency
         ),
+        GateResult("errors under load", proof.load.errors, 0, "lower", "", load),
         GateResult(
-            "safety: wrong answers to hostile input",
-            len(wrong),
-            0,
-            "lower",
-            "",
-            {"wrong": wrong[:20]},
+            "safety: wrong answers to hostile input", len(proof.wrong), 0, "lower", "", hostile
         ),
     ]
+
+# %% ../../nbs/release/02_gates.ipynb #2651d657
+OPTIMISATION_FILE = "optimisation.json"
+
+
+def optimisation_gate(bundle: Path, gate: GateSettings) -> list[GateResult]:
+    """Return the gate on what the faster form lost; none where a bundle does not tell."""
+    if not (bundle / OPTIMISATION_FILE).is_file():
+        return []
+    found = read_json(bundle / OPTIMISATION_FILE)
+    name = f"{gate.metric} lost by optimisation"
+    return [GateResult(name, found["lost"], gate.optimise_margin, "lower", evidence=found)]
 
 # %% ../../nbs/release/02_gates.ipynb #1f19ead0
 def answers_of(
@@ -261,6 +262,12 @@ def answers_of(
         return None
     columns = {n: c.to_numpy() for n, c in feature_columns_as(known, frame).items()}
     return predict_onnx(bundle / "model.onnx", known.encode_columns(columns))
+
+# %% ../../nbs/release/02_gates.ipynb #7e71db80
+def client_rows(recipe: Recipe, frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return up to 200 rows as a client would send them."""
+    names = [feature.name for feature in recipe.features.features]
+    return [json_row(row, names) for row in frame.head(200).to_dict("records")]
 
 # %% ../../nbs/release/02_gates.ipynb #9d2dea06
 def evaluate_gates(
@@ -287,8 +294,9 @@ def evaluate_gates(
         champion = answers_of(champion_bundle, test_frame, recipe.features)
         why_alone = "it has other fields or classes than the recipe has now"
     confidence = workspace.settings.release.confidence
-    names = [feature.name for feature in recipe.features.features]
-    rows = [json_row(row, names) for row in test_frame.head(200).to_dict("records")]
+    proof = read_proof(bundle) or prove_server(
+        bundle, client_rows(recipe, test_frame), workspace.settings.release
+    )
     results = [
         GateResult("data: rows stored against the checks", forced_rows, 0, "lower"),
         *quality_gates(
@@ -303,7 +311,8 @@ def evaluate_gates(
         GateResult(
             "parity of ONNX and torch", parity, workspace.settings.release.parity_tolerance, "lower"
         ),
-        *server_gates(bundle, rows, gate, requests=workspace.settings.release.latency_requests),
+        *optimisation_gate(bundle, gate),
+        *server_gates(proof, gate),
         slice_gate(recipe, gate, test_frame, labels, probabilities),
     ]
     return GateReport(manifest.digest, manifest.name, tuple(results))

@@ -13,27 +13,45 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 
+from ..core.bundle import read_manifest
 from ..core.errors import ServingError
+from ..core.files import read_json
+from ..core.settings import ReleaseSettings
+from .load import LoadFigures, measure_load
 
 # %% auto #0
-__all__ = ['serve_bundle', 'wait_until_ready', 'json_row', 'json_value', 'LatencyFigures', 'measure_latency', 'hostile_rows',
-           'probe_hostile', 'wrong_answer']
+__all__ = ['LOAD_FILE', 'ServedBundle', 'serve_bundle', 'wait_until_ready', 'json_row', 'json_value', 'LatencyFigures',
+           'measure_latency', 'hostile_rows', 'probe_hostile', 'wrong_answer', 'ServerProof', 'prove_server',
+           'read_proof']
 
-# %% ../../nbs/release/01_probe.ipynb #e4a189b2
+# %% ../../nbs/release/01_probe.ipynb #4002d813
+@dataclass(frozen=True)
+class ServedBundle:
+    """A server that runs for a moment."""
+
+    url: str
+    process: int  # its id
+
+    @property
+    def port(self) -> int:
+        """The port in the address."""
+        return int(self.url.rpartition(":")[2])
+
+
 @contextmanager
 def serve_bundle(
     bundle: Path,
     *,
     start_seconds: float = 60.0,  # how long the server may take to be ready
-) -> Iterator[str]:
-    """Yield the base URL of a server that serves this bundle alone; ServingError when it does not become ready."""
+) -> Iterator[ServedBundle]:
+    """Yield a server that serves this bundle alone; ServingError when it does not become ready."""
     with tempfile.TemporaryDirectory(prefix="mwb-probe-") as scratch:
         port_file, log = Path(scratch) / "port", Path(scratch) / "server.log"
         command = [sys.executable, "-m", "mlops_workbench.serving.server", "--bundle", str(bundle)]
@@ -45,7 +63,8 @@ def serve_bundle(
                 cwd=scratch,
             )
         try:
-            yield wait_until_ready(process, port_file, log, start_seconds)
+            url = wait_until_ready(process, port_file, log, start_seconds)
+            yield ServedBundle(url, process.pid)
         finally:
             process.terminate()
             try:
@@ -174,3 +193,52 @@ def wrong_answer(answer: httpx.Response) -> str:
     return (
         "" if abs(sum(probabilities) - 1) < 1e-3 else f"probabilities sum to {sum(probabilities)}"
     )
+
+# %% ../../nbs/release/01_probe.ipynb #5de32140
+LOAD_FILE = "load.json"
+
+
+@dataclass(frozen=True)
+class ServerProof:
+    """What the real server did with a model."""
+
+    model: str  # sha256 of model.onnx
+    latency: LatencyFigures  # one client that asks one row after the other
+    load: LoadFigures  # many clients at once
+    wrong: tuple[str, ...]  # hostile rows that were answered wrongly, and how
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the proof as plain values."""
+        return asdict(self)
+
+# %% ../../nbs/release/01_probe.ipynb #88a07497
+def prove_server(
+    bundle: Path,
+    rows: Sequence[Mapping[str, Any]],  # held-out rows as a client would send them
+    settings: ReleaseSettings,
+) -> ServerProof:
+    """Start the server on a bundle, and return what it did."""
+    with serve_bundle(bundle) as served:
+        latency = measure_latency(served.url, rows, settings.latency_requests)
+        wrong = probe_hostile(served.url, rows[0])
+        bodies = [json.dumps({"rows": [row]}).encode() for row in rows]
+        load = measure_load(
+            served.port,
+            served.process,
+            bodies,
+            connections=settings.load_connections,
+            seconds=settings.load_seconds,
+        )
+    return ServerProof(read_manifest(bundle).files["model.onnx"], latency, load, tuple(wrong))
+
+# %% ../../nbs/release/01_probe.ipynb #880e0591
+def read_proof(bundle: Path) -> ServerProof | None:
+    """Return the proof that a bundle carries; None for one without, or of another model."""
+    files = read_manifest(bundle).files
+    if LOAD_FILE not in files:
+        return None
+    found = read_json(bundle / LOAD_FILE)
+    if found["model"] != files["model.onnx"]:
+        return None
+    latency, load = LatencyFigures(**found["latency"]), LoadFigures(**found["load"])
+    return ServerProof(found["model"], latency, load, tuple(found["wrong"]))

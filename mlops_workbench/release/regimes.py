@@ -27,10 +27,11 @@ from mlops_workbench.release.deployment import (
     CHAMPION,
     SPECIAL,
     serving_regime,
+    record_link,
     write_projection,
 )
 from .rollout_evidence import release_schema, row_values
-from .rollouts import record_file, record_link
+from .rollouts import record_file
 
 # %% auto #0
 __all__ = ['QUALITY', 'RATE', 'DETECTOR', 'By', 'Detector', 'read_detector', 'Regime', 'register_regime', 'withdraw_regime',
@@ -97,7 +98,11 @@ def register_regime(workspace: Workspace, regime: Regime, *, actor: str, reason:
             f"expected a name of letters, digits, '.', '_' and '-', found {regime.name!r}"
         )
     if regime.when:
-        read_detector(regime.when)
+        wanted, schema = read_detector(regime.when), release_schema(ledger, release.digest)
+        if wanted.is_column and wanted.figure in schema.unlogged:
+            raise UsageError(
+                f"expected a column that is logged, found {wanted.figure}, which {release.name} calls private; watch another"
+            )
     if bool(regime.since) != bool(regime.until) or (regime.since and regime.since >= regime.until):
         raise UsageError(
             "expected a time from when and a later one until when, or neither; found something else"

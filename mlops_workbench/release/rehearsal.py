@@ -157,15 +157,17 @@ def asking(url: str, rows: Sequence[Mapping[str, Any]], per_second: float) -> It
 
 
 def replayed_rows(workspace: Workspace, digest: str, most: int = 500) -> list[dict[str, Any]]:
-    """The newest logged rows of the last week that fit a release's schema; the schema's own usual rows without any."""
+    """The newest logged rows of the last week, private columns as usual; the schema's own usual rows without any."""
     from mlops_workbench.serving.models import warm_up_rows
 
     schema = release_schema(Ledger(workspace.ledger_url), digest)
     until = now().timestamp()
-    found = read_window(workspace.predictions, until - 7 * 86_400, until).predictions.tail(most)
-    columns = {f"row.{f.name}" if f.name in LOG_FIELDS else f.name: f.name for f in schema.features}
+    found = read_window(workspace.predictions, until - 7 * 86_400, until).with_inputs.tail(most)
+    columns = {f"row.{f.name}" if f.name in LOG_FIELDS else f.name: f.name for f in schema.logged}
+    usual = {k: json_value(v) for k, v in warm_up_rows(schema)[0].items() if k in schema.unlogged}
     rows = [
-        {
+        usual
+        | {
             name: json_value(row[c])
             for c, name in columns.items()
             if c in row and json_value(row[c]) is not None
@@ -331,10 +333,13 @@ def rehearse(
 
 
 def right_share(workspace: Workspace, url: str, digest: str, most: int = 1000) -> float:
-    """The share of labelled rows of the last week that a server answers rightly; NaN without labels."""
+    """The share of labelled rows of the last week that a server answers rightly; NaN without labels, or with private columns."""
     until = now().timestamp()
     schema = release_schema(Ledger(workspace.ledger_url), digest)
-    labelled = read_window(workspace.predictions, until - 7 * 86_400, until).labelled.tail(most)
+    if schema.unlogged:
+        return math.nan
+    rows = read_window(workspace.predictions, until - 7 * 86_400, until).with_inputs
+    labelled = rows[rows["label"].notna()].tail(most)
     columns = {f"row.{f.name}" if f.name in LOG_FIELDS else f.name: f.name for f in schema.features}
     hits = []
     with httpx.Client(base_url=url, timeout=30) as client:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..core.bundle import read_manifest
 from ..core.clock import timestamp
-from ..core.features import FeatureSchema
+from ..core.features import FeatureSchema, private_columns
 from ..core.ledger import Ledger, RolloutRow
 from ..core.settings import RolloutSettings
 from ..core.workspace import Workspace
@@ -273,9 +273,16 @@ def row_covariate(step: _Step, rows: pd.DataFrame) -> NDArray[np.float64]:
         return pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
     own = rows["release"] == step.rollout.champion
     found = np.full(len(rows), np.nan)
+    ledger, sides = (
+        Ledger(step.workspace.ledger_url),
+        (step.rollout.champion, step.rollout.candidate),
+    )
+    private = private_columns(release_schema(ledger, digest) for digest in sides)
+    if any(f.name in private for f in release_schema(ledger, sides[0]).features):
+        return found  # the former release cannot be asked about the other's rows
     found[own] = [max(shares) for shares in rows.loc[own, "probabilities"]]
     if not own.all():
-        release = Ledger(step.workspace.ledger_url).release(step.rollout.champion)
+        release = ledger.release(step.rollout.champion)
         found[~own] = beliefs(_model(release.path, release.digest), rows[~own])
     return found
 
@@ -289,7 +296,11 @@ def _model(folder: str, digest: str) -> LoadedModel:
 
 
 def beliefs(model: LoadedModel, rows: pd.DataFrame) -> NDArray[np.float64]:
-    """How sure a model is of its answer to each logged row, 0 to 1."""
+    """How sure a model is of its answer to each logged row, 0 to 1; NaN where the log does not hold its inputs."""
+    if "row_kept" in rows and not rows["row_kept"].all():
+        found, kept = np.full(len(rows), np.nan), rows["row_kept"].to_numpy(dtype=bool)
+        found[kept] = beliefs(model, rows[kept])
+        return found
     names = {
         f"row.{f.name}" if f"row.{f.name}" in rows else f.name: f.name
         for f in model.schema.features

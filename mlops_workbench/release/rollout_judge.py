@@ -112,6 +112,7 @@ def keep_look(workspace: Workspace, rollout: RolloutRow, found: Evidence, move: 
         "at_seconds": timestamp(),
         "step": rollout.step,
         "share": rollout.share,
+        "metric": workspace.settings.rollout.metric,
         "value": interval.value,
         "low": interval.low,
         "high": interval.high,

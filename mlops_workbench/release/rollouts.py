@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from ..core.bundle import verify_bundle
+from ..core.bundle import read_manifest, verify_bundle
 from ..core.clock import iso, now
 from ..core.errors import ConflictError, GateRefusedError, UsageError
 from ..core.leases import Lease
@@ -22,11 +21,12 @@ from ..core.assignment import share_words
 from ..core.ledger import Ledger, RolloutRow
 from ..core.workspace import Workspace
 from .approvals import check_four_eyes
-from .deployment import CHAMPION, data_slot, write_projection
+from ..data.defaults import data_slot, record_default
+from .deployment import CHAMPION, record_link, write_projection
 
 # %% auto #0
-__all__ = ['record_file', 'record_link', 'start_rollout', 'the_rollout', 'advance_rollout', 'pause_rollout', 'resume_rollout',
-           'abort_rollout', 'promote_rollout']
+__all__ = ['record_file', 'start_rollout', 'check_comparable', 'the_rollout', 'advance_rollout', 'pause_rollout',
+           'resume_rollout', 'abort_rollout', 'promote_rollout']
 
 # %% ../../nbs/release/17_rollouts.ipynb #dd286846
 def record_file(
@@ -37,15 +37,6 @@ def record_file(
 ) -> Path:
     """The executed notebook of a decision on a rollout, there a few seconds after it."""
     return workspace.runs / "rollouts" / rollout / f"{number:02}_{verdict}.ipynb"
-
-
-def record_link(workspace: Workspace, path: Path | str) -> str:
-    """The notebook as a message names it: its address where the settings tell one, else its file."""
-    place = Path(path)
-    if place.is_relative_to(workspace.root):
-        place = place.relative_to(workspace.root)
-    address = workspace.settings.rollout.record_url.rstrip("/")
-    return f"{address}/{quote(place.as_posix())}" if address else place.as_posix()
 
 
 @contextmanager
@@ -85,12 +76,13 @@ def start_rollout(
     actor: str,
     shares: tuple[float, ...] = (),  # of the traffic, rising; none: those of the settings
     reason: str = "all gates passed",
+    force: bool = False,  # start although a gate refused; stands in the audit
     record_path: str | None = None,
 ) -> RolloutRow:
     """Give an approved release its first share of the traffic.
 
-    GateRefusedError for a release that is not approved, UsageError without steps, ConflictError without a champion, for the champion
-    itself, and while another rollout goes on.
+    GateRefusedError for a release that is not approved and not forced, or barred; UsageError without steps; ConflictError without a
+    champion, for the champion itself, and while another rollout goes on.
     """
     ledger = Ledger(workspace.ledger_url)
     release, slot = ledger.release(candidate), ledger.slot(CHAMPION)
@@ -99,11 +91,14 @@ def start_rollout(
         raise UsageError(
             "expected the steps of the rollout, found none; name them with --steps 5,25,50 or in settings.ini, section [rollout]"
         )
-    if release.status not in ("approved", "retired"):
+    passed = release.status in ("approved", "retired")
+    if not passed and (not force or release.status == "barred"):
         raise GateRefusedError(
             f"expected an approved release, {release.name} is {release.status}; no rollout was started; "
             f"see its gates with `mwb release show {release.name}`"
         )
+    if not passed:
+        reason = f"forced although it is {release.status}: {reason}"
     if slot is None:
         raise ConflictError(
             f"expected a champion to compare {release.name} with, found none; deploy it: mwb run deploy"
@@ -113,6 +108,7 @@ def start_rollout(
             f"expected another release than the champion, found {release.name}, which serves"
         )
     verify_bundle(Path(release.path), release.digest)
+    check_comparable(ledger, release.digest, slot.digest)
     numbers = [int(row.name.rpartition("-")[2]) for row in ledger.rollouts()]
     name, moment = f"rollout-{max(numbers, default=0) + 1}", iso(now())
     champion = ledger.release(slot.digest).name
@@ -120,6 +116,7 @@ def start_rollout(
         workspace, name, 1, "started", release.name, f"gets {share_words(steps[0])}",
         f"{release.name} against {champion}, steps {_steps_words(steps)}", actor=actor, reason=reason,
         evidence={"digest": release.digest, "champion": champion, "steps": list(steps)}, record_path=record_path,
+        severity="info" if passed else "warning",
     ) as change:  # fmt: skip
         change.open_rollout(
             {
@@ -128,6 +125,16 @@ def start_rollout(
             }
         )  # fmt: skip
     return the_rollout(ledger)
+
+
+def check_comparable(ledger: Ledger, *digests: str) -> None:
+    """ConflictError when one of the releases is an imported model, whose answers are no probabilities."""
+    for release in map(ledger.release, digests):
+        if read_manifest(Path(release.path)).kind != "onnx":
+            raise ConflictError(
+                f"expected two releases of a recipe to compare, found {release.name}, an imported MLflow model, which answers all "
+                "traffic or none; let the new release take over at once: mwb run deploy -p deploy.release=NAME -p deploy.force=true"
+            )
 
 
 def _steps_words(shares: tuple[float, ...]) -> str:
@@ -173,7 +180,7 @@ def resume_rollout(workspace: Workspace, rollout: RolloutRow, **by: Any) -> None
 def abort_rollout(
     workspace: Workspace, rollout: RolloutRow, *, bar: bool = False, **by: Any
 ) -> None:
-    """All traffic back to the champion; with `bar` the candidate may not serve until a person clears it."""
+    """All traffic back to the champion; with `bar` the candidate may not serve until a person clears it, and data go back with the model."""
     values = {"status": "aborted", "ended_at": iso(now())}
     _move(workspace, rollout, "aborted", "gets no traffic any more", values, bar=bar, **by)
 
@@ -215,9 +222,13 @@ def _move(
                 f"expected {champion.name} to serve, found another release; go back to it first: mwb release switch --back"
             )
         verify_bundle(Path(release.path), release.digest)
+    back = bar and data is not None and data.digest == release.data_version != champion.data_version
+    about = f"; it is barred until a person clears it{f', {champion.data_version} is the default again' if back else ''}"
+    if back:
+        shown["data_version"] = champion.data_version
     with _decision(
         workspace, rollout.name, rollout.version + 1, verdict, release.name, words,
-        f"{release.name} against {champion.name}{'; it is barred until a person clears it' if bar else ''}",
+        f"{release.name} against {champion.name}{about if bar else ''}",
         reason=reason, evidence={**shown, **(evidence or {})},
         severity="critical" if bar else "warning" if verdict in ("aborted", "paused") else "info", **by,
     ) as change:  # fmt: skip
@@ -229,5 +240,9 @@ def _move(
             place = data_slot(release.data_version)
             if data is None or data.digest != release.data_version:
                 change.set_slot(place, release.data_version, data.epoch if data else 0)
+        if back and data is not None:
+            change.set_slot(data_slot(champion.data_version), champion.data_version, data.epoch)
         if bar:
             change.set_release_status(release.digest, "barred")
+    if promote:
+        record_default(workspace, release.data_version)

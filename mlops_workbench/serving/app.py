@@ -42,7 +42,7 @@ from .workers import WorkerPlace
 
 # %% auto #0
 __all__ = ['INLINE_ROWS', 'LARGE_WAITING', 'UNLOGGED_STATUS', 'logger', 'Handler', 'Reply', 'Route', 'RouteTable',
-           'PredictionApp', 'Turn', 'answer_question', 'respond', 'answer_for', 'recorded']
+           'PredictionApp', 'Turn', 'answer_question', 'in_line', 'respond', 'answer_for', 'recorded']
 
 # %% ../../nbs/serving/08_app.ipynb #f39289bb
 INLINE_ROWS = 64  # questions of more rows go to the worker thread
@@ -101,12 +101,17 @@ class PredictionApp:
         token: str | None,
         workspace: WorkspaceName | None = None,
         place: WorkerPlace | None = None,
+        root: Path | None = None,
     ) -> None:
         self.routes = routes
         self.settings = settings
         self.workspace = workspace
         self.service = PredictionService(
-            pointer_path=pointer_path, predictions=predictions, settings=settings, place=place
+            pointer_path=pointer_path,
+            predictions=predictions,
+            settings=settings,
+            place=place,
+            root=root,
         )
         self.turn = Turn(self.service)
         self.guard = Guard(token, AccessList(pointer_path.parent / ACCESS_FILE))
@@ -203,6 +208,11 @@ async def answer_question(
     def work() -> Answer:
         return reply(arms.models, app.service.answer(arms, question, started))
 
+    return await in_line(app, work)
+
+
+async def in_line(app: PredictionApp, work: Callable[[], Answer]) -> Answer:
+    """What the worker thread answers, one piece of work after the other; RequestError 429 when too much waits for it."""
     if app.waiting >= LARGE_WAITING:
         raise RequestError(
             429, f"expected at most {LARGE_WAITING} large requests at once, found more; come again"
@@ -253,7 +263,7 @@ async def answer_for(app: PredictionApp, request: Request, route: Route | None) 
     try:
         return await route.handler(app, request)
     except RequestError as error:
-        wait = ((b"retry-after", b"1"),) if error.status == 429 else ()
+        wait = ((b"retry-after", b"1"),) if error.status in (429, 503) else ()
         return error_answer(
             error.status, str(error), field=error.field, row=error.row, headers=wait
         )

@@ -54,6 +54,9 @@ class StateCollector(Collector):
         yield CounterMetricFamily("mwb_release_failures", "Releases refused", status.failures)
         yield CounterMetricFamily("mwb_log_records", "Records written", self.log.records)
         yield CounterMetricFamily("mwb_log_failures", "Records not written", self.log.failures)
+        yield CounterMetricFamily(
+            "mwb_log_unlogged", "Answers given without a record", self.log.unlogged
+        )
 
 # %% ../../nbs/serving/04_metrics.ipynb #d349c2a7
 LATENCY_BUCKETS = (

@@ -5,11 +5,15 @@
 # %% ../../nbs/serving/00_models.ipynb #b99a9c7d
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import threading
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -19,18 +23,56 @@ from ..core.errors import BundleError, ServingError, shorten
 from ..core.features import Feature, FeatureSchema
 
 # %% auto #0
-__all__ = ['FEW_ROWS', 'open_session', 'LoadedModel', 'run_session', 'checked_probabilities', 'warm_up_values', 'warm_up_rows',
-           'warm_up', 'load_model', 'check_signature']
+__all__ = ['CPU', 'OPEN_SECONDS', 'FEW_ROWS', 'time_limit', 'open_session', 'LoadedModel', 'run_session', 'checked_probabilities',
+           'warm_up_values', 'warm_up_rows', 'warm_up', 'load_model', 'chosen_providers', 'check_signature']
 
-# %% ../../nbs/serving/00_models.ipynb #eb0a539b
-def open_session(path: Path) -> ort.InferenceSession:
-    """Open an ONNX graph on the CPU with one thread; BundleError when the runtime refuses it."""
+# %% ../../nbs/serving/00_models.ipynb #b98876ae
+CPU = "CPUExecutionProvider"
+OPEN_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, doing: str, stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` when the block takes longer; BundleError when that is why it failed."""
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        stop()
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Exception as error:
+        if not late.is_set():
+            raise
+        raise BundleError(
+            f"expected {doing} within {seconds:g} s (serving.open_seconds), found it still at work; make a smaller or simpler "
+            "model, or allow more time"
+        ) from error
+    finally:
+        timer.cancel()
+
+# %% ../../nbs/serving/00_models.ipynb #e4002a11
+def open_session(
+    path: Path,
+    providers: Sequence[str] = (CPU,),  # the first choice first
+    seconds: float = OPEN_SECONDS,
+) -> ort.InferenceSession:
+    """Open an ONNX graph with one thread; BundleError when the runtime refuses it or needs longer."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # failures are raised, not printed
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with time_limit(
+            seconds, f"{path} to open", lambda: options.set_load_cancellation_flag(True)
+        ):
+            return ort.InferenceSession(str(path), options, providers=list(providers))
+    except BundleError:
+        raise
     except Exception as error:  # the runtime's errors share no base of their own
         raise BundleError(
             f"expected an ONNX model that opens in {path}, found: {shorten(str(error), 300)}; "
@@ -66,11 +108,13 @@ class LoadedModel:
 
 # %% ../../nbs/serving/00_models.ipynb #dc2f7960
 def run_session(
-    session: ort.InferenceSession, arrays: dict[str, NDArray[Any]]
+    session: ort.InferenceSession,
+    arrays: dict[str, NDArray[Any]],
+    options: ort.RunOptions | None = None,  # with which somebody else can stop it
 ) -> NDArray[np.float32]:
     """The output "probabilities" for encoded arrays; ServingError with the runtime's reason."""
     try:
-        [answer] = session.run(["probabilities"], arrays)
+        [answer] = session.run(["probabilities"], arrays, options)
     except Exception as error:  # the runtime's errors share no base of their own
         raise ServingError(
             f"expected the model to run on these rows, found: {shorten(str(error), 300)}"
@@ -131,35 +175,67 @@ def warm_up_rows(schema: FeatureSchema) -> list[dict[str, object]]:
         rows += [{**usual, name: value} for value in choices[1:]]
     return rows[:256]
 
-# %% ../../nbs/serving/00_models.ipynb #6f7e26a1
-def warm_up(model: LoadedModel) -> None:
-    """Ask the model its warm-up rows; BundleError when an answer is not finite or depends on its neighbours."""
-    rows = warm_up_rows(model.schema)
+# %% ../../nbs/serving/00_models.ipynb #2ea1a00b
+def warm_up(model: LoadedModel, seconds: float = OPEN_SECONDS) -> None:
+    """Ask the model its warm-up rows; BundleError when an answer is late, not finite or depends on its neighbours."""
+    rows, options = warm_up_rows(model.schema), ort.RunOptions()
+
+    def ask(some: list[dict[str, object]]) -> NDArray[np.float32]:
+        encoded = model.schema.encode_rows(some, strict=True)
+        answer = run_session(model.session, encoded, options)
+        return checked_probabilities(answer, len(some), len(model.classes))
+
+    def stop() -> None:
+        options.terminate = True
+
     try:
-        together = model.probabilities(rows)
-        for row in (0, len(rows) - 1):
-            alone = model.probabilities(rows[row : row + 1])
-            if not np.allclose(alone[0], together[row], atol=1e-4):
-                raise ServingError(
-                    f"expected the same answer for row {row} alone and among {len(rows)}, "
-                    f"found {alone[0].tolist()} and {together[row].tolist()}"
-                )
+        with time_limit(seconds, f"{model.manifest.name} to answer {len(rows)} rows", stop):
+            _try_rows(ask, rows)
     except ServingError as error:
         raise BundleError(f"{model.manifest.name} failed its warm-up: {error}") from error
+
+
+def _try_rows(
+    ask: Callable[[list[dict[str, object]]], NDArray[np.float32]], rows: list[dict[str, object]]
+) -> None:
+    """ServingError when rows together are answered otherwise than alone."""
+    together = ask(rows)
+    for row in (0, len(rows) - 1):
+        alone = ask(rows[row : row + 1])
+        if not np.allclose(alone[0], together[row], atol=1e-4):
+            raise ServingError(
+                f"expected the same answer for row {row} alone and among {len(rows)}, "
+                f"found {alone[0].tolist()} and {together[row].tolist()}"
+            )
 
 # %% ../../nbs/serving/00_models.ipynb #71702e86
 def load_model(
     folder: Path,  # a bundle
     expected_digest: str | None = None,  # the digest that was decided on; None trusts the manifest
+    seconds: float = OPEN_SECONDS,  # for opening, and again for the warm-up
 ) -> LoadedModel:
     """Verify, open and warm a release; IntegrityError for a changed file, BundleError for a model that cannot serve."""
     manifest = verify_bundle(folder, expected_digest)
+    if manifest.kind != "onnx":
+        raise BundleError(
+            f"expected a release of a recipe, found {manifest.name}, an imported MLflow model: it can only be the champion of a "
+            "workspace that trusts it; deploy it there: mwb run deploy -p deploy.release=NAME"
+        )
     schema = FeatureSchema.model_validate_json((folder / "features.json").read_bytes())
-    session = open_session(folder / "model.onnx")
+    session = open_session(folder / "model.onnx", chosen_providers(folder, manifest), seconds)
     check_signature(session, schema, manifest)
     model = LoadedModel(manifest, schema, session)
-    warm_up(model)
+    warm_up(model, seconds)
     return model
+
+# %% ../../nbs/serving/00_models.ipynb #639fe16e
+def chosen_providers(folder: Path, manifest: BundleManifest) -> list[str]:
+    """Where ONNX runtime runs a release: as it was optimised for, as far as this machine offers it, else on the CPU."""
+    if "optimisation.json" not in manifest.files:
+        return [CPU]
+    told = msgspec.json.decode((folder / "optimisation.json").read_bytes())
+    offered = ort.get_available_providers()
+    return [name for name in told["providers"] if name in offered and name != CPU] + [CPU]
 
 # %% ../../nbs/serving/00_models.ipynb #3d849b88
 def check_signature(

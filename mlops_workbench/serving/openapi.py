@@ -20,8 +20,8 @@ from .tensors import InferBody
 
 # %% auto #0
 __all__ = ['TEXT', 'NUMBER', 'COUNT', 'YES_OR_NO', 'ANY_OBJECT', 'SHARES', 'ERROR', 'ANSWERED', 'TENSOR', 'DESCRIBED', 'READY',
-           'INFERRED', 'DESCRIPTION', 'ANSWERS', 'BODIES', 'READINESS', 'BINARY', 'REFUSALS', 'object_of', 'list_of',
-           'refusals', 'described_answers', 'operation', 'openapi_document']
+           'INFERRED', 'DESCRIPTION', 'ANSWERS', 'IMPORTED_ANSWERS', 'BODIES', 'READINESS', 'BINARY', 'REFUSALS',
+           'object_of', 'list_of', 'refusals', 'described_answers', 'operation', 'openapi_document']
 
 # %% ../../nbs/serving/15_openapi.ipynb #24082689
 TEXT: dict[str, Any] = {"type": "string"}
@@ -84,6 +84,12 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "/v2/models/{name}/ready": object_of(name=TEXT, ready=YES_OR_NO),
     "/v2/models/{name}/infer": INFERRED,
 }
+IMPORTED_ANSWERS: dict[str, dict[str, Any]] = {  # of another MLflow model, which may be of any form
+    "/predict": object_of(
+        release=TEXT, digest=TEXT, slot=TEXT, predictions=list_of(object_of(id=TEXT, prediction={}))
+    ),
+    "/invocations": {},
+}
 BODIES: dict[str, type] = {
     "/predict": PredictBody,
     "/feedback": FeedbackBody,
@@ -105,6 +111,7 @@ REFUSALS = {
     415: "the body is of another type",
     422: "the body does not fit; field and row say where",
     429: "too many large requests wait already, or too many bad tokens came from this address; Retry-After says when to come again",
+    501: "an imported MLflow model serves, which answers at /predict and /invocations alone",
     503: "there is no release to answer with, or the prediction log cannot be written",
 }
 
@@ -114,6 +121,8 @@ def refusals(path: str, route: Route) -> list[int]:
     found = [405, 503]
     if not route.is_open:
         found += [401, 403, 429]
+    if "{" in path or path == "/feedback":
+        found.append(501)
     if "{" in path:
         found.append(404)
     if route.method == "POST":
@@ -171,9 +180,12 @@ def operation(path: str, route: Route) -> dict[str, Any]:
         found["security"] = [{"token": []}]
     return found
 
-# %% ../../nbs/serving/15_openapi.ipynb #243c8959
-def openapi_document(routes: Mapping[str, Route]) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of these routes."""
+# %% ../../nbs/serving/15_openapi.ipynb #241817dd
+def openapi_document(routes: Mapping[str, Route], imported: bool = False) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of these routes; while an imported model serves, of its answers."""
+    paths = {path: {route.method.lower(): operation(path, route)} for path, route in routes.items()}
+    for path, answer in IMPORTED_ANSWERS.items() if imported else ():
+        paths[path]["post"]["responses"]["200"]["content"]["application/json"]["schema"] = answer
     _, bodies = msgspec.json.schema_components(
         BODIES.values(), ref_template="#/components/schemas/{name}"
     )
@@ -184,9 +196,7 @@ def openapi_document(routes: Mapping[str, Route]) -> dict[str, Any]:
             "version": version("mlops-workbench"),
             "description": "Predictions, feedback and figures of the releases that serve.",
         },
-        "paths": {
-            path: {route.method.lower(): operation(path, route)} for path, route in routes.items()
-        },
+        "paths": paths,
         "components": {
             "schemas": {**bodies, "Error": ERROR},
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},

@@ -35,6 +35,7 @@ class ServingPlan:
     token: str | None
     port_file: Path | None = None  # where the port is told while the server runs
     workspace: WorkspaceName | None = None  # None: a bundle alone
+    root: Path | None = None  # of the workspace
 
 # %% ../../nbs/serving/20_plan.ipynb #247148cb
 def plan_workspace(root: Path) -> ServingPlan:
@@ -53,6 +54,7 @@ def plan_workspace(root: Path) -> ServingPlan:
         token,
         port_file=workspace.state / "serving.port",
         workspace=WorkspaceName(make_identity(workspace.state), workspace.name),
+        root=workspace.root,
     )
 
 # %% ../../nbs/serving/20_plan.ipynb #e80518a2
@@ -76,6 +78,7 @@ def write_order(plan: ServingPlan, place: WorkerPlace, handle: int) -> bytes:
         "settings": plan.settings.model_dump(mode="json"),
         "token": plan.token,
         "workspace": plan.workspace and asdict(plan.workspace),
+        "root": plan.root and str(plan.root),
         "place": {**asdict(place), "folder": str(place.folder)},
         "handle": handle,
     }
@@ -92,5 +95,6 @@ def read_order(line: bytes) -> tuple[ServingPlan, WorkerPlace, int]:
         ServingSettings.model_validate(order["settings"]),
         order["token"],
         workspace=workspace and WorkspaceName(**workspace),
+        root=order["root"] and Path(order["root"]),
     )
     return plan, WorkerPlace(**{**place, "folder": Path(place["folder"])}), order["handle"]

@@ -5,14 +5,16 @@
 # %% ../../nbs/serving/02_prediction_log.ipynb #ef1bfe1a
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
 import os
 import threading
+import time
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,8 @@ from ..core.errors import ServingError, WorkbenchError
 from ..core.journal import JournalWriter
 
 # %% auto #0
-__all__ = ['logger', 'segment_name', 'PredictionLogError', 'PredictionLog', 'is_open', 'ends_whole', 'Recovery',
-           'recover_segments']
+__all__ = ['logger', 'TRY_AGAIN_SECONDS', 'segment_name', 'PredictionLogError', 'Gap', 'PredictionLog', 'is_open', 'ends_whole',
+           'Recovery', 'recover_segments']
 
 # %% ../../nbs/serving/02_prediction_log.ipynb #e882a1be
 def segment_name(moment: datetime, process: int, number: int) -> str:
@@ -37,6 +39,22 @@ logger = logging.getLogger(__name__)
 class PredictionLogError(ServingError):
     """The prediction log could not take a record, so no answer may be given."""
 
+# %% ../../nbs/serving/02_prediction_log.ipynb #1e152d61
+TRY_AGAIN_SECONDS = 0.5  # a full disk is asked so often whether there is room again
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Answers that were given without a record."""
+
+    since: float  # seconds since 1970
+    rows: int
+    reason: str
+
+    def record(self) -> dict[str, Any]:
+        """What the log says of it."""
+        return {"kind": "gap", "time": timestamp(), **asdict(self)}
+
 # %% ../../nbs/serving/02_prediction_log.ipynb #5853edda
 class PredictionLog:
     """Appends records to the segments below a folder; safe to use from several threads."""
@@ -47,10 +65,13 @@ class PredictionLog:
         *,
         sync_interval_ms: int,  # how often the background thread of a segment syncs it to the disk
         segment_bytes: int,  # a segment that is larger is closed
+        full_disk: str = "refuse",  # or "count": answers that cannot be written are counted
     ) -> None:
         self.folder = predictions / "segments"
         self.sync_interval_ms = sync_interval_ms
         self.segment_bytes = segment_bytes
+        self.full_disk = full_disk
+        self.unlogged = 0  # answers that were given without a record
         self.failures = 0  # records that could not be written
         self.records = 0
         self.last_failure = ""  # "" while the last write went well
@@ -59,6 +80,32 @@ class PredictionLog:
         self._writer: JournalWriter | None = None
         self._segments = 0
         self._hour = -1
+        self._gap: Gap | None = None
+        self._try_again = 0.0  # seconds of time.monotonic
+
+    def append_answers(self, records: Sequence[Mapping[str, Any]]) -> bool:
+        """Append the records of answers; with the policy "count", count those that cannot be written, and return False."""
+        if self._gap is not None and time.monotonic() < self._try_again:
+            self._count(len(records))
+            return False
+        try:
+            self.append(records)
+        except PredictionLogError:
+            if self.full_disk != "count":
+                raise
+            self._try_again = time.monotonic() + TRY_AGAIN_SECONDS
+            self._count(len(records))
+            return False
+        return True
+
+    def _count(self, answers: int) -> None:
+        """Remember answers without a record until there is room to say so."""
+        with self._lock:
+            self.unlogged += answers
+            if self._gap is None:
+                self._gap = Gap(timestamp(), 0, self.last_failure)
+                logger.error("answers are given without a record: %s", self.last_failure)
+            self._gap = replace(self._gap, rows=self._gap.rows + answers)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append records in one write; when this returns they outlive the process.
@@ -68,10 +115,11 @@ class PredictionLog:
         lines = list(records)
         with self._lock:
             size = 0
+            told = [self._gap.record()] if self._gap is not None else []
             try:
                 writer = self._current()
                 size = writer.size()
-                writer.append_many(lines)
+                writer.append_many([*told, *lines])
             except (WorkbenchError, OSError) as error:
                 self.failures += len(lines)
                 self.last_failure = f"{error}"
@@ -81,10 +129,13 @@ class PredictionLog:
                     "nothing was answered, try again when there is room"
                 ) from error
             self.records += len(lines)
-            self.last_failure = ""
+            self.last_failure, self._gap = "", None
 
     def close(self) -> None:
-        """Sync and close the open segment."""
+        """Sync and close the open segment; answers without a record are told once more if there is room by now."""
+        if self._gap is not None:
+            with contextlib.suppress(PredictionLogError):
+                self.append([])
         with self._lock:
             writer, self._writer = self._writer, None
         if writer is not None:

@@ -135,6 +135,7 @@ def answer_requests(
         token=plan.token,
         workspace=plan.workspace,
         place=place,
+        root=plan.root,
     )
     config = uvicorn.Config(
         app,

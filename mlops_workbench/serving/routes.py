@@ -21,7 +21,9 @@ from mlops_workbench.serving.app import (
     Route,
     RouteTable,
     answer_question,
+    in_line,
 )
+from .imported import invoke_imported, predict_imported
 from .address import WorkspaceName
 from .http import Answer, Request, check_content_type, json_answer, read_body
 from .invocations import decode_invocations, invocations_reply
@@ -55,8 +57,12 @@ async def predict(app: PredictionApp, request: Request) -> Answer:
     """POST /predict: probabilities for one row or many."""
     check_content_type(request.headers)
     body = await read_body(request, app.settings.maximum_body_bytes)
-    arms = app.service.arms()
+    arms = app.service.serving()
     question = decode_predict(body, app.settings.maximum_rows)
+    if (imported := arms.imported) is not None:
+        return await in_line(
+            app, lambda: predict_imported(app.service, imported, question, request.started)
+        )
     return await answer_question(app, arms, question, request.started, json_reply)
 
 # %% ../../nbs/serving/14_routes.ipynb #a41b9093
@@ -75,9 +81,10 @@ async def feedback(app: PredictionApp, request: Request) -> Answer:
 # %% ../../nbs/serving/14_routes.ipynb #354954f6
 async def release(app: PredictionApp, request: Request) -> Answer:
     """GET /release: what serves, where it came from, and what it eats."""
-    model, status = app.service.champion(), app.service.slots.status()
+    arms, status = app.service.serving(), app.service.slots.status()
+    model = arms.imported or arms.champion
     manifest = model.manifest.model_dump(mode="json", exclude={"files"})
-    schema = model.schema.model_dump(mode="json")
+    schema = model.schema.model_dump(mode="json") if isinstance(model, LoadedModel) else {}
     about = {
         "release": manifest["name"],
         "slot": CHAMPION,
@@ -100,16 +107,20 @@ async def health(app: PredictionApp, request: Request) -> Answer:
         return json_answer({"status": word, "workspace": whose and {"id": whose.id}})
     log = app.service.log
     figures = {"records": log.records, "failures": log.failures, "last_failure": log.last_failure}
+    figures |= {"unlogged": log.unlogged}
     figures |= {"copied": app.service.shadow.sent, "copies_dropped": app.service.shadow.dropped}
     about: dict[str, object] = {"status": word, "workspace": whose and asdict(whose)}
     if (place := app.service.place) is not None:
         about |= {"worker": place.number, "workers": place.count}
+    arms = app.service.slots.arms
+    if arms is not None and (imported := arms.imported) is not None:
+        about["imported"] = {"starts": imported.starts, "problem": imported.problem}
     return json_answer({**about, **app.service.slots.status().as_json(), "log": figures})
 
 # %% ../../nbs/serving/14_routes.ipynb #32767172
 async def ready(app: PredictionApp, request: Request) -> Answer:
     """GET /ready: 200 when a release answers, 503 before and while draining."""
-    is_ready = app.service.slots.champion is not None and not app.service.draining
+    is_ready = app.service.slots.arms is not None and not app.service.draining
     return json_answer({"ready": is_ready}, 200 if is_ready else 503)
 
 # %% ../../nbs/serving/14_routes.ipynb #df995ff3
@@ -117,7 +128,11 @@ async def invocations(app: PredictionApp, request: Request) -> Answer:
     """POST /invocations: predictions in MLflow's scoring protocol."""
     check_content_type(request.headers)
     body = await read_body(request, app.settings.maximum_body_bytes)
-    arms = app.service.arms()
+    arms = app.service.serving()
+    if (imported := arms.imported) is not None:
+        return await in_line(
+            app, lambda: invoke_imported(app.service, imported, body, request.started)
+        )
     question = decode_invocations(body, arms.champion.schema, app.settings.maximum_rows)
     return await answer_question(app, arms, question, request.started, invocations_reply)
 
@@ -170,7 +185,9 @@ async def live(app: PredictionApp, request: Request) -> Answer:
 # %% ../../nbs/serving/14_routes.ipynb #4be08cd3
 async def openapi(app: PredictionApp, request: Request) -> Answer:
     """GET /openapi.json: this server's OpenAPI document."""
-    return json_answer(openapi_document(app.routes.routes))
+    arms = app.service.slots.arms
+    imported = arms is not None and arms.imported is not None
+    return json_answer(openapi_document(app.routes.routes, imported))
 
 # %% ../../nbs/serving/14_routes.ipynb #e8efaccc
 ROUTES: dict[str, Route] = {
@@ -203,6 +220,7 @@ def create_app(
     token: str | None,  # None trusts everybody who reaches the loopback address
     workspace: WorkspaceName | None = None,  # that it serves; None for a bundle alone
     place: WorkerPlace | None = None,  # among several workers; None alone
+    root: Path | None = None,  # of the workspace, which may trust an imported model
 ) -> PredictionApp:
     """The prediction server as an ASGI application."""
     return PredictionApp(
@@ -213,4 +231,5 @@ def create_app(
         token=token,
         workspace=workspace,
         place=place,
+        root=root,
     )

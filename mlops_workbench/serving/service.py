@@ -13,6 +13,7 @@ import threading
 import time
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from ..core.errors import ServingError
 from ..core.features import FeatureError
 from ..core.settings import ServingSettings
 from .feedback import FeedbackBook, FeedbackCounts, FeedbackItem
+from .log_form import LogForm, without_values
 from .metrics import ServerMetrics
 from .models import LoadedModel
 from .prediction_log import PredictionLog, recover_segments
+from .pyfunc import load_release
 from .recollection import Recollection
 from mlops_workbench.serving.records import (
     Asked,
@@ -79,15 +82,23 @@ class PredictionService:
         predictions: Path,
         settings: ServingSettings,
         place: WorkerPlace | None = None,  # among several workers; None alone
+        root: Path | None = None,  # of the workspace, which may trust an imported model
     ) -> None:
         self.predictions = predictions
         self.place = place
         self.shadow = ShadowCopy(predictions, settings)
-        self.slots = ModelSlots(pointer_path, shadow=self.shadow.follow)
+        load = partial(load_release, settings=settings, root=root)
+        self.slots = ModelSlots(pointer_path, load=load, shadow=self.shadow.follow)
         self.log = PredictionLog(
             predictions,
             sync_interval_ms=settings.sync_interval_ms,
             segment_bytes=settings.segment_bytes,
+            full_disk=settings.full_disk,
+        )
+        self.form = LogForm(
+            pointer_path.parent,
+            large_row_bytes=settings.large_row_bytes,
+            large_row_share=settings.large_row_share,
         )
         self.book = FeedbackBook()
         self.metrics = ServerMetrics(self.slots, self.log)
@@ -134,13 +145,24 @@ class PredictionService:
         self.shadow.close()
         self.log.close()
 
-    def arms(self) -> Arms:
-        """What serves; RequestError 503 before there is a release."""
+    def serving(self) -> Arms:
+        """What serves, of whatever kind; RequestError 503 before there is a release."""
         arms = self.slots.arms
         if arms is None:
             problem = self.slots.status().problem
             why = "deploy one, or wait for it to load" if problem is None else problem.reason
             raise RequestError(503, f"expected a release to answer with, found none; {why}")
+        return arms
+
+    def arms(self) -> Arms:
+        """The releases of a recipe that serve; RequestError 503 before there are any, 501 while an imported model serves."""
+        arms = self.serving()
+        if arms.imported is not None:
+            raise RequestError(
+                501,
+                f"expected a release of a recipe, found {arms.imported.manifest.name}, an imported MLflow model: it answers at "
+                "/predict and /invocations alone",
+            )
         return arms
 
     def champion(self) -> LoadedModel:
@@ -183,7 +205,9 @@ class PredictionService:
             )
             for place, record in zip(places, made, strict=True):
                 records[place] = record
-        self.log.append(records)
+                if self.form.large_row_bytes:
+                    self.form.sample(model.schema, record)
+        self.log.append_answers(records)
         self.book.add_predictions(ids)
         for slot, _, _, places in answers:
             self.metrics.predictions(slot, arms.models[slot].digest, len(places))
@@ -191,7 +215,9 @@ class PredictionService:
         for (question, _), name, end in zip(asked, names, ends, strict=True):
             count = len(question.rows)
             share_ms = round(took_ms * count / len(rows), 3)
-            self.shadow.offer(name, ids[end - count : end], question.rows, share_ms)
+            self.shadow.offer(
+                name, ids[end - count : end], question.rows, share_ms, bool(arms.private)
+            )
         return [records[end - len(q.rows) : end] for (q, _), end in zip(asked, ends, strict=True)]
 
     @property
@@ -210,6 +236,8 @@ class PredictionService:
         model = arms.models[slot]
         try:
             logged = logged_rows(model, rows)
+            if arms.private:
+                logged = [self.form.hide(model.schema, arms.private, row) for row in logged]
             return slot, logged, model.probabilities(rows).astype(float).round(7).tolist()
         except (FeatureError, ServingError) as error:
             if slot == CHAMPION:
@@ -240,6 +268,8 @@ class PredictionService:
 
     def record_error(self, route: str, status: int, reason: str, **about: str | int) -> None:
         """Put a refusal or failure on record, with the release, slot and rows it is about; PredictionLogError when it cannot be written."""
+        if self.slots.arms is not None and self.slots.arms.private:
+            reason = without_values(reason)
         record = {
             "kind": "error",
             "time": timestamp(),
@@ -248,13 +278,15 @@ class PredictionService:
             "route": route,
             **about,
         }
-        self.log.append([record])
+        self.log.append_answers([record])
 
     def health(self) -> str:
         """One word: draining, starting, no release, degraded or ok."""
-        status = self.slots.status()
+        status, arms = self.slots.status(), self.slots.arms
         if self.draining:
             return "draining"
         if not status.digest:
             return "starting" if status.problem is None else "no release"
+        if arms is not None and arms.imported is not None and arms.imported.problem:
+            return "degraded"
         return "degraded" if status.problem is not None or self.log.last_failure else "ok"

@@ -27,6 +27,7 @@ from ..core.errors import ServingError, WorkbenchError
 from ..core.features import FeatureError
 from ..core.pointer import SlotEntry
 from ..core.settings import ServingSettings
+from .log_form import without_values
 from mlops_workbench.serving.models import (
     LoadedModel,
     checked_probabilities,
@@ -71,20 +72,25 @@ class ShadowCopy:
             self._changed.notify_all()
 
     def offer(
-        self, request: str, ids: Sequence[str], rows: Sequence[Mapping[str, Any]], old_ms: float
+        self,
+        request: str,
+        ids: Sequence[str],
+        rows: Sequence[Mapping[str, Any]],
+        old_ms: float,
+        is_private: bool = False,  # True: no failure may quote the rows
     ) -> None:
         """Send a question that took the processor `old_ms`, or drop it; never waits."""
         link = self._link
         if link is None:
             return
         try:
-            link.send(msgspec.json.encode((request, ids, rows, old_ms)))
+            link.send(msgspec.json.encode((request, ids, rows, old_ms, is_private)))
             self.sent += len(ids)
         except OSError as err:
             if err.errno == errno.EMSGSIZE and len(ids) > 1:
                 half = len(ids) // 2
-                self.offer(request, ids[:half], rows[:half], old_ms)
-                self.offer(request, ids[half:], rows[half:], old_ms)
+                self.offer(request, ids[:half], rows[:half], old_ms, is_private)
+                self.offer(request, ids[half:], rows[half:], old_ms, is_private)
             else:
                 self.dropped += len(ids)
 
@@ -159,7 +165,7 @@ class ShadowCopy:
 
 # %% ../../nbs/serving/11_shadow.ipynb #17152666
 def shadow_answers(
-    model: LoadedModel, rows: list[dict[str, Any]]
+    model: LoadedModel, rows: list[dict[str, Any]], is_private: bool
 ) -> list[tuple[list[float] | None, str]]:
     """Probabilities of each row, and "" or what was wrong: "failed: ..." or "invalid: ..."."""
     word = "failed"
@@ -170,16 +176,22 @@ def shadow_answers(
         return [(shares, "") for shares in checked.astype(float).round(7).tolist()]
     except (FeatureError, ServingError) as err:
         if len(rows) > 1:
-            return [answer for row in rows for answer in shadow_answers(model, [row])]
-        return [(None, f"{word}: {shorten_text(str(err), 300)}")]
+            return [answer for row in rows for answer in shadow_answers(model, [row], is_private)]
+        reason = without_values(str(err)) if is_private or model.schema.private else str(err)
+        return [(None, f"{word}: {shorten_text(reason, 300)}")]
 
 
 def shadow_records(
-    model: LoadedModel, request: str, ids: list[str], rows: list[dict[str, Any]], old_ms: float
+    model: LoadedModel,
+    request: str,
+    ids: list[str],
+    rows: list[dict[str, Any]],
+    old_ms: float,
+    is_private: bool,
 ) -> Iterator[dict[str, Any]]:
     """One record a row, of the kind "shadow": nobody counts it among the answers."""
     begun = time.thread_time()
-    answers = shadow_answers(model, rows)
+    answers = shadow_answers(model, rows, is_private)
     shared = {
         "kind": "shadow",
         "request": request,
@@ -203,7 +215,7 @@ def step_back() -> None:
 
 def answer_copies(link: socket.socket, model: LoadedModel, log: PredictionLog) -> None:
     """Answer what comes until the server closes the link."""
-    decoder = msgspec.json.Decoder(tuple[str, list[str], list[dict[str, Any]], float])
+    decoder = msgspec.json.Decoder(tuple[str, list[str], list[dict[str, Any]], float, bool])
     while packet := link.recv(2 * BUFFER_BYTES):
         log.append(shadow_records(model, *decoder.decode(packet)))
 

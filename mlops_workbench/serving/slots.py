@@ -10,17 +10,20 @@ import time
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ..core.assignment import choose_arm
 from ..core.clock import iso, now
 from ..core.errors import WorkbenchError
+from ..core.features import private_columns
 from ..core.pointer import Pointer, SlotEntry, read_pointer
 from .models import LoadedModel, load_model
+from .pyfunc import PyfuncModel
 
 # %% auto #0
-__all__ = ['FileState', 'CHAMPION', 'SHADOW', 'file_state', 'SlotProblem', 'retry_seconds', 'ArmStatus', 'Arms', 'shadow_status',
-           'SlotStatus', 'ModelSlots', 'shorten_text']
+__all__ = ['FileState', 'CHAMPION', 'SHADOW', 'file_state', 'SlotProblem', 'retry_seconds', 'ArmStatus', 'Arms', 'arrange',
+           'let_go', 'shadow_status', 'SlotStatus', 'ModelSlots', 'shorten_text']
 
 # %% ../../nbs/serving/01_slots.ipynb #e5653525
 FileState = tuple[int, int, int, int]
@@ -72,11 +75,17 @@ class Arms:
     models: Mapping[str, LoadedModel]  # by slot, the champion first
     shares: Mapping[str, float]  # of the slots that are loaded; they sum to 1
     salt: str = ""
+    imported: PyfuncModel | None = None  # the champion, where it is of another kind; alone then
 
     @property
     def champion(self) -> LoadedModel:
         """The release that answers unless the split says otherwise."""
         return self.models[CHAMPION]
+
+    @cached_property
+    def private(self) -> Mapping[str, str]:
+        """The columns that none of these releases may leave in the log as they come."""
+        return private_columns(model.schema for model in self.models.values())
 
     def divide(self, entities: Sequence[str]) -> dict[str, list[int]]:
         """The places of the rows by the slot that answers them: the same entity always by the same one."""
@@ -89,10 +98,29 @@ class Arms:
 
     def status(self) -> tuple[ArmStatus, ...]:
         """The slots as the status tells them."""
+        if self.imported is not None:
+            return (ArmStatus(CHAMPION, self.imported.manifest.name, self.imported.digest, 1.0),)
         return tuple(
             ArmStatus(slot, model.manifest.name, model.digest, self.shares.get(slot, 0.0))
             for slot, model in self.models.items()
         )
+
+# %% ../../nbs/serving/01_slots.ipynb #17ccb587
+def arrange(loaded: Mapping[str, LoadedModel | PyfuncModel], pointer: Pointer) -> Arms:
+    """Who answers what, of the releases that are loaded; the share of the others goes to the champion."""
+    champion = loaded[CHAMPION]
+    if isinstance(champion, PyfuncModel):
+        return Arms({}, {CHAMPION: 1.0}, pointer.salt, champion)
+    models = {slot: model for slot, model in loaded.items() if isinstance(model, LoadedModel)}
+    shares = {slot: pointer.split.get(slot, 0.0) for slot in models}
+    shares[CHAMPION] += max(0.0, 1 - sum(shares.values()))
+    return Arms(models, shares, pointer.salt)
+
+
+def let_go(model: LoadedModel | PyfuncModel) -> None:
+    """End the process of a model that has one."""
+    if isinstance(model, PyfuncModel):
+        model.close()
 
 # %% ../../nbs/serving/01_slots.ipynb #343dc754
 def shadow_status(pointer: Pointer) -> tuple[ArmStatus, ...]:
@@ -134,7 +162,7 @@ class ModelSlots:
         *,
         poll_seconds: float = 0.02,  # how often the pointer file is looked at
         keep: int = 3,  # releases kept in memory, the serving one included
-        load: Callable[[Path, str], LoadedModel] = load_model,
+        load: Callable[[Path, str], LoadedModel | PyfuncModel] = load_model,
         shadow: Callable[[SlotEntry | None], None] = lambda entry: None,  # told who gets the copy
     ) -> None:
         self.pointer_path = pointer_path
@@ -143,7 +171,7 @@ class ModelSlots:
         self._load, self._shadow = load, shadow
         self._lock = threading.RLock()
         self._stopped = threading.Event()
-        self._kept: dict[str, LoadedModel] = {}  # by digest, the last used at the end
+        self._kept: dict[str, LoadedModel | PyfuncModel] = {}  # by digest, the last used at the end
         self._seen: FileState | None = None
         self._generation = (
             0  # rises with each wish: a late load sees that it is not wanted any more
@@ -154,16 +182,20 @@ class ModelSlots:
 
     @property
     def champion(self) -> LoadedModel | None:
-        """The champion; None before there is one."""
-        return None if self.arms is None else self.arms.champion
+        """The champion; None before there is one, and while an imported model serves."""
+        arms = self.arms
+        return None if arms is None or arms.imported is not None else arms.champion
 
     def start(self) -> None:
         """Begin to follow the pointer file in the background."""
         threading.Thread(target=self._follow, name="pointer", daemon=True).start()
 
     def stop(self) -> None:
-        """Stop following; what serves goes on serving."""
+        """Stop following; what serves goes on serving, but for the processes of imported models."""
         self._stopped.set()
+        with self._lock:
+            for model in self._kept.values():
+                let_go(model)
 
     def status(self) -> SlotStatus:
         """What serves now, what is being loaded, and what went wrong."""
@@ -218,10 +250,12 @@ class ModelSlots:
                 self._fail(generation, entry.digest, entry.name, error)
                 continue
             with self._lock:
-                if generation == self._generation:
-                    self._kept[model.digest] = model
-                    self._change(loading=next((e.name for e in missing[place + 1 :]), ""))
-                    self._arrange(generation, pointer)
+                if generation != self._generation or self._stopped.is_set():
+                    let_go(model)
+                    continue
+                self._kept[model.digest] = model
+                self._change(loading=next((e.name for e in missing[place + 1 :]), ""))
+                self._arrange(generation, pointer)
 
     def _arrange(self, generation: int, pointer: Pointer) -> None:
         """Put the releases that are loaded to work, if the champion is among them."""
@@ -229,22 +263,20 @@ class ModelSlots:
             wanted = {s: entry.digest for s, entry in pointer.slots.items() if s != SHADOW}
             if generation != self._generation or wanted[CHAMPION] not in self._kept:
                 return
-            models = {slot: self._kept[d] for slot, d in wanted.items() if d in self._kept}
-            shares = {slot: pointer.split.get(slot, 0.0) for slot in models}
-            shares[CHAMPION] += max(0.0, 1 - sum(shares.values()))
-            champion = models[CHAMPION]
+            loaded = {slot: self._kept[d] for slot, d in wanted.items() if d in self._kept}
+            champion = loaded[CHAMPION]
             swapped = self._status.digest != champion.digest
-            self.arms = Arms(models, shares, pointer.salt)
-            for model in (*models.values(), champion):  # the last used at the end
+            self.arms = arrange(loaded, pointer)
+            for model in (*loaded.values(), champion):  # the last used at the end
                 self._kept[model.digest] = self._kept.pop(model.digest)
             for digest in list(self._kept)[: -max(self.keep, len(set(wanted.values())))]:
-                del self._kept[digest]
+                let_go(self._kept.pop(digest))
             self._change(
                 epoch=pointer.epoch,
                 digest=champion.digest,
                 name=champion.manifest.name,
                 since=iso(now()) if swapped else self._status.since,
-                problem=None if len(models) == len(wanted) else self._status.problem,
+                problem=None if len(loaded) == len(wanted) else self._status.problem,
                 swaps=self._status.swaps + swapped,
                 arms=(*self.arms.status(), *shadow_status(pointer)),
             )
