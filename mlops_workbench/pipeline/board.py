@@ -20,7 +20,7 @@ from ..core.workspace import Workspace
 from ..experiment.runs import show_run
 from .replayed_rollout import Course
 from .rollout_record import missing_records
-from ..release.deployment import data_slot
+from ..data.defaults import data_slot
 
 # %% auto #0
 __all__ = ['Promise', 'within', 'serving_promises', 'decision_promises', 'rollout_promises', 'write_board']
