@@ -11,7 +11,8 @@ from rollout_support import add_release, decisions, release_pair
 from mlops_workbench.core.errors import ConflictError, GateRefusedError
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
-from mlops_workbench.release.deployment import clear_release, default_data, deploy, rollback
+from mlops_workbench.data.defaults import default_versions
+from mlops_workbench.release.deployment import clear_release, deploy, rollback
 from mlops_workbench.release.rollouts import start_rollout
 
 BY = {"actor": "monitor", "reason": "rule quality: too many wrong answers"}
@@ -41,7 +42,7 @@ def test_the_way_back_goes_further_where_the_one_before_is_broken(tmp_path: Path
     damage(workspace, "flights-r3")
     change = rollback(workspace, **BY, bar=True)
     assert (change.previous, change.name) == ("flights-r4", "flights-r2")
-    assert default_data(workspace, "flights") == change.data_version == "flights@v1.0"
+    assert default_versions(workspace)["flights"] == change.data_version == "flights@v1.0"
     damage(workspace, "flights-r1")
     before = workspace.pointer_path.read_bytes()
     with pytest.raises(

@@ -72,9 +72,14 @@ def invocation_forms(rows: pd.DataFrame) -> dict[str, Any]:
 def test_a_scikit_learn_model_is_served_once_a_person_trusts_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import mlflow
+
     workspace = make_workspace(tmp_path / "w", pyfunc_seconds=30)
     monkeypatch.chdir(workspace.root)
     run, theirs, rows = log_iris(workspace)
+    mlflow.set_tracking_uri(
+        f"sqlite:///{tmp_path}/elsewhere.db"
+    )  # not where the workspace keeps its runs
     good = build_bundle(workspace.bundles, name="flights-r1")
     point_at(workspace.pointer_path, good, epoch=1)
     assert main(["release", "import", run, "--name", "iris"]) == 0

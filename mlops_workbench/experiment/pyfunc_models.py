@@ -5,11 +5,15 @@
 # %% ../../nbs/experiment/23_pyfunc_models.ipynb #47f4851d
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -39,17 +43,39 @@ def fetch_model(workspace: Workspace, source: str, target: Path) -> None:
     """Copy a model into the new folder `target`; TrackingError when the store has none, BundleError for no pyfunc model."""
     folder = Path(source)
     if folder.is_dir():
-        shutil.copytree(folder, target, symlinks=True)
+        describe_model(folder)  # before anything is copied: it may be any folder
+        try:
+            shutil.copytree(folder, target, symlinks=True)
+        except (shutil.Error, OSError) as error:
+            raise BundleError(
+                f"expected a model of plain files in {folder}, found: {shorten(str(error), 300)}"
+            ) from error
     else:
         uri = model_uri(source)
-        quiet_mlflow()
-        import mlflow.artifacts
-
-        url = ensure_store(workspace)
-        with tracking_errors(f"find the model {uri}"), tempfile.TemporaryDirectory() as scratch:
-            found = mlflow.artifacts.download_artifacts(uri, dst_path=scratch, tracking_uri=url)
+        with _store_of(workspace) as artifacts, tempfile.TemporaryDirectory() as scratch:
+            with tracking_errors(f"find the model {uri}"):
+                found = artifacts.download_artifacts(uri, dst_path=scratch)
             shutil.copytree(found, target, symlinks=True)
     describe_model(target)
+
+# %% ../../nbs/experiment/23_pyfunc_models.ipynb #586db19e
+@contextmanager
+def _store_of(workspace: Workspace) -> Iterator[Any]:
+    """MLflow's way to files, with the workspace's store as the one it asks; some of its ways know no other than the global one."""
+    quiet_mlflow()
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+    import mlflow.artifacts
+
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    url = ensure_store(workspace)
+    mlflow.set_tracking_uri(url)
+    mlflow.set_registry_uri(url)
+    try:
+        yield mlflow.artifacts
+    finally:
+        mlflow.set_tracking_uri(before[0])
+        mlflow.set_registry_uri(before[1])
 
 # %% ../../nbs/experiment/23_pyfunc_models.ipynb #6d404c7f
 @dataclass(frozen=True)

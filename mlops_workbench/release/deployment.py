@@ -195,6 +195,7 @@ def deploy(
             f"expected a release that may serve, {release.name} is barred since it was rolled back; nothing was "
             f"deployed; clear it first: mwb release clear {release.name} -m WHY"
         )
+    check_trust(ledger, read_manifest(Path(release.path)))
     allowed = release.status in ("approved", "retired")
     if not allowed and not force:
         raise GateRefusedError(
@@ -202,7 +203,6 @@ def deploy(
             f"with `mwb release show {release.name}`, or deploy it all the same: mwb run deploy -p deploy.force=true"
         )
     manifest = verify_bundle(Path(release.path), release.digest)
-    check_trust(ledger, manifest)
     slot = ledger.slot(CHAMPION)
     if slot is not None and slot.digest == release.digest:
         write_projection(workspace, ledger)
