@@ -1,5 +1,6 @@
 """Several processes at one port: killed, labelled across, counted together, drained."""
 
+import contextlib
 import os
 import re
 import signal
@@ -101,8 +102,12 @@ def test_the_figures_of_all_workers_stand_on_every_page(server: RunningServer) -
 
 def shadow_processes(server: RunningServer) -> list[psutil.Process]:
     """The processes below the keeper that answer a copy of the traffic."""
-    below = psutil.Process(server.process.pid).children(recursive=True)
-    return [each for each in below if "mlops_workbench.serving.shadow" in each.cmdline()]
+    found = []
+    for each in psutil.Process(server.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            if "mlops_workbench.serving.shadow" in each.cmdline():
+                found.append(each)
+    return found
 
 
 def shadow_rows(client: Client) -> dict[str, float]:
