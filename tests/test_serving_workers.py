@@ -1,5 +1,6 @@
 """Several processes at one port: killed, labelled across, counted together, drained."""
 
+import contextlib
 import os
 import re
 import signal
@@ -97,6 +98,65 @@ def test_the_figures_of_all_workers_stand_on_every_page(server: RunningServer) -
         assert {worker: float(value) for worker, value in found} == {"1": 10.0, "2": 20.0}
         assert text.count("# TYPE mwb_requests_total counter") == 1
         assert text.count("mwb_ready{") == 2
+
+
+def shadow_processes(server: RunningServer) -> list[psutil.Process]:
+    """The processes below the keeper that answer a copy of the traffic."""
+    found = []
+    for each in psutil.Process(server.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            if "mlops_workbench.serving.shadow" in each.cmdline():
+                found.append(each)
+    return found
+
+
+def shadow_rows(client: Client) -> dict[str, float]:
+    """Rows by what became of them, over all workers."""
+    found: Counter[str] = Counter()
+    text = client.get("/metrics").body.decode()
+    for outcome, value in re.findall(r'mwb_shadow_rows_total{outcome="(\w+)".*} (\S+)', text):
+        found[outcome] += float(value)
+    return dict(found)
+
+
+def test_all_workers_share_one_copy_of_the_traffic(
+    server: RunningServer, workspace: Workspace
+) -> None:
+    """One process answers what both workers send, each row once; it comes back when it dies, and ends with its release."""
+    entries = {}
+    for slot, name, bias in (("champion", "flights-r3", 0.5), ("shadow", "flights-r2", 1.0)):
+        bundle = build_bundle(workspace.bundles, name=name, bias=bias)
+        entries[slot] = SlotEntry(digest=bundle.name, path=str(bundle), name=name)
+    alone = Pointer(epoch=3, slots={"champion": entries["champion"]}, split={"champion": 1.0})
+    write_pointer(workspace.pointer_path, Pointer(epoch=2, slots=entries, split={"champion": 1.0}))
+    both = list(clients(server).values())
+    for client in both:
+        wait_until(lambda c=client: c.get("/health").body["epoch"] == 2, 10, "the shadow")
+
+    def ask(turn: int) -> None:
+        for number, client in enumerate(both):
+            ids = [f"{turn}-{number}-{row}" for row in range(50)]
+            assert client.post("/predict", {"rows": [ROW] * 50, "ids": ids}).status == 200
+
+    def told(rows: int) -> bool:
+        return all(
+            shadow_rows(each) == {"copied": rows, "dropped": 0, "compared": rows, "failed": 0}
+            for each in both
+        )
+
+    ask(1)
+    wait_until(lambda: told(100), 20, "the figures of the first rows")
+    [process] = shadow_processes(server)
+    process.kill()
+    process.wait(5)
+    ask(2)  # waits for the one that follows
+    wait_until(lambda: told(200), 20, "the figures of all rows")
+    assert [each.pid != process.pid for each in shadow_processes(server)] == [True]
+    copied = Counter(record["id"] for record in logged(workspace.predictions, "shadow"))
+    assert len(copied) == 200 and set(copied.values()) == {1}
+    write_pointer(workspace.pointer_path, alone)
+    wait_until(lambda: not shadow_processes(server), 10, "the end of the copy")
+    assert both[0].post("/predict", {"row": ROW}).status == 200 and told(200)
 
 
 def test_an_entity_gets_the_same_release_from_every_worker(tmp_path: Path) -> None:

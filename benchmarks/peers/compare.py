@@ -312,7 +312,8 @@ def one_round(servers: list[Served], seconds: float) -> None:
         uvloop.run(arrivals.run())
         found = sorted(arrivals.latencies) or [float("nan")]
         p99 = found[len(found) * 99 // 100] * 1000
-        served.arrivals.append((statistics.fmean(found) * 1000, p99, arrivals.errors))
+        errors = arrivals.errors + arrivals.refused
+        served.arrivals.append((statistics.fmean(found) * 1000, p99, errors))
 
 
 def table(servers: list[Served], kind: str) -> list[str]:

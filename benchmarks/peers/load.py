@@ -36,17 +36,27 @@ def figures(latencies: list[float], connections: int, seconds: float) -> dict[st
 class Arrivals:
     """Requests that come when they come, whether or not the earlier ones are answered.
 
-    A latency counts from the moment the request was due, so a server that falls behind cannot hide it.
+    A latency counts from the moment the request was due, so a server that falls behind cannot hide it; with more
+    requests than the client itself can send in time, from the moment it was sent. One that is told to come again (429)
+    is counted as refused and has no latency.
     """
 
     def __init__(
-        self, port: int, request: bytes, rate: float, seconds: float, seed: int = 7
+        self,
+        port: int,
+        request: bytes,
+        rate: float,
+        seconds: float,
+        seed: int = 7,
+        *,
+        from_due: bool = True,
     ) -> None:
         self.port, self.request, self.seconds = port, request, seconds
         self.gaps = random.Random(seed)
         self.rate = rate
         self.latencies: list[float] = []
-        self.errors = 0
+        self.errors = self.refused = self.sent = 0
+        self.from_due = from_due
         self.due: deque[float] = deque()
         self.idle: list[Slot] = []
 
@@ -57,20 +67,25 @@ class Arrivals:
             _, slot = await loop.create_connection(lambda: Slot(self), "127.0.0.1", self.port)
             self.idle.append(slot)
         start = moment = time.perf_counter()
-        sent = 0
         while moment < start + self.seconds:
             moment += self.gaps.expovariate(self.rate)
-            if (wait := moment - time.perf_counter()) > 0:
-                await asyncio.sleep(wait)
-            sent += 1
+            wait = moment - time.perf_counter()
+            if wait > 0 or self.sent % 16 == 0:  # who is behind has to read answers all the same
+                await asyncio.sleep(max(0, wait))
+            self.sent += 1
             if self.idle:
                 self.idle.pop().ask(moment)
             else:
                 self.due.append(moment)
         end = time.perf_counter() + 1
-        while len(self.latencies) + self.errors < sent and time.perf_counter() < end:
+        while self.answered < self.sent and time.perf_counter() < end:
             await asyncio.sleep(0.01)
-        self.errors += sent - len(self.latencies) - self.errors  # no answer in time is an error
+        self.errors += self.sent - self.answered  # no answer in time is an error
+
+    @property
+    def answered(self) -> int:
+        """How many requests were answered in one way or another."""
+        return len(self.latencies) + self.refused + self.errors
 
 
 class Slot(asyncio.Protocol):
@@ -84,7 +99,7 @@ class Slot(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
 
     def ask(self, due: float) -> None:
-        self.due = due
+        self.due = due if self.arrivals.from_due else time.perf_counter()
         self.transport.write(self.arrivals.request)
 
     def data_received(self, data: bytes) -> None:
@@ -94,6 +109,8 @@ class Slot(asyncio.Protocol):
             return
         if self.received.startswith(b"HTTP/1.1 200"):
             self.arrivals.latencies.append(time.perf_counter() - self.due)
+        elif self.received.startswith(b"HTTP/1.1 429"):
+            self.arrivals.refused += 1
         else:
             self.arrivals.errors += 1
         self.received = b""

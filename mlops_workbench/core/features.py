@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['FeatureError', 'Feature', 'FeatureSchema', 'encode_rows', 'private_columns', 'encode_columns']
 
-# %% ../../nbs/core/06_features.ipynb #571d157e
+# %% ../../nbs/core/06_features.ipynb #9f2bd4db
+import math
+
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
@@ -81,6 +83,12 @@ class Feature(BaseModel):
             0.0 if self.minimum is None else self.minimum,
             1.0 if self.maximum is None else self.maximum,
         )
+
+    @cached_property
+    def shades(self) -> NDArray[np.float32]:
+        """What each byte becomes as a pixel of an image."""
+        low, high = self.scale
+        return ((np.arange(256, dtype=np.float64) - low) / (high - low)).astype(np.float32)
 
     @cached_property
     def codes(self) -> dict[str, int]:
@@ -224,11 +232,52 @@ def _one_image(feature: Feature, value: object, row: int) -> NDArray[np.float64]
             continue
     raise _refuse(expected, value, feature.name, row)
 
+# %% ../../nbs/core/06_features.ipynb #6788d732
+def _usual_leaves(feature: Feature, values: Sequence[object]) -> list[Any] | None:
+    """All pixels in order when every picture is plain lists in the feature's shape; None otherwise."""
+    rows, columns = feature.shape if len(feature.shape) == 2 else (-1, -1)
+    size = math.prod(feature.shape)
+    leaves: list[Any] = []
+    for value in values:
+        if type(value) is not list:
+            return None
+        if len(value) == size:
+            leaves += value
+        elif len(value) == rows and {type(part) is list and len(part) for part in value} == {
+            columns
+        }:
+            leaves += chain.from_iterable(value)
+        else:
+            return None
+    return leaves
+
+
+def _usual_pictures(feature: Feature, values: Sequence[object]) -> NDArray[np.float32] | None:
+    """What `_encode_images` gives, when that is plain; None when a picture has to be looked at more closely."""
+    leaves = _usual_leaves(feature, values)
+    if leaves is None:
+        return None
+    kinds, shape, (low, high) = set(map(type, leaves)), (len(values), *feature.shape), feature.scale
+    try:
+        if kinds == {int} and low <= 0 and high >= 255:
+            return feature.shades[np.frombuffer(bytes(leaves), np.uint8)].reshape(shape)
+        if kinds <= {int, float}:
+            raw = np.array(leaves, dtype=np.float64)
+            if raw.size and low <= raw.min() and raw.max() <= high:  # not when one is NaN
+                return ((raw - low) / (high - low)).astype(np.float32).reshape(shape)
+    except (ValueError, OverflowError):  # beyond a byte, or beyond float64
+        pass
+    return None
+
 # %% ../../nbs/core/06_features.ipynb #08cffb29
 def _encode_images(
     feature: Feature, values: Sequence[object] | NDArray[Any]
 ) -> NDArray[np.float32]:
     """The pictures as float32 [n, *shape], scaled to 0..1; FeatureError for pixels outside."""
+    if not isinstance(values, np.ndarray):
+        usual = _usual_pictures(feature, values)
+        if usual is not None:
+            return usual
     shape = (len(values), *feature.shape)
     size = int(np.prod(feature.shape))
     fits = isinstance(values, np.ndarray) and values.shape in (shape, (len(values), size))

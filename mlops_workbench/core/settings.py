@@ -154,6 +154,7 @@ class ServingSettings(SettingsSection):
     optimise: Literal["auto", "off"] = "auto"
     open_seconds: float = Field(default=60.0, gt=0)
     pyfunc_seconds: float = Field(default=10.0, gt=0)
+    maximum_wait_ms: int = Field(default=50, ge=1)
 
 # %% ../../nbs/core/03_settings.ipynb #72e5b358
 class MonitoringSettings(SettingsSection):

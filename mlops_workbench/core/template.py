@@ -88,6 +88,7 @@ workers = 1                           ; processes that answer at the one port; a
 optimise = auto                       ; a release is made faster where its quality allows; off: it serves as exported
 open_seconds = 60                     ; a release that takes longer to load never receives traffic
 pyfunc_seconds = 10                   ; an answer of another MLflow model that takes longer is given up: 503
+maximum_wait_ms = 50                  ; a request that would wait longer is told to come again (429)
 """
 
 # %% ../../nbs/core/16_template.ipynb #cbdd0d1e

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..core.errors import ServingError, shorten
 from ..core.features import FeatureError
 from ..core.settings import ServingSettings
 from .address import WorkspaceName
+from .admission import RETRY_SECONDS, Admission
 from mlops_workbench.serving.http import (
     Answer,
     ClientGoneError,
@@ -38,16 +39,18 @@ from .prediction_log import PredictionLogError
 from .requests import Question, RequestError
 from .service import PredictionService
 from .slots import Arms
+from .turn import INLINE_ROWS, Turn
 from .workers import WorkerPlace
 
 # %% auto #0
-__all__ = ['INLINE_ROWS', 'LARGE_WAITING', 'UNLOGGED_STATUS', 'logger', 'Handler', 'Reply', 'Route', 'RouteTable',
-           'PredictionApp', 'Turn', 'answer_question', 'in_line', 'respond', 'answer_for', 'recorded']
+__all__ = ['LARGE_WAITING', 'UNLOGGED_STATUS', 'RETRY_AFTER', 'logger', 'Handler', 'Reply', 'Route', 'RouteTable',
+           'PredictionApp', 'answer_question', 'in_line', 'respond', 'answer_for', 'recorded']
 
-# %% ../../nbs/serving/08_app.ipynb #f39289bb
-INLINE_ROWS = 64  # questions of more rows go to the worker thread
+# %% ../../nbs/serving/08_app.ipynb #ca334d4c
 LARGE_WAITING = 16  # large questions that may wait for the thread; more are told to come later
 UNLOGGED_STATUS = (401, 403, 405, 429)  # strangers shall not fill the log
+
+RETRY_AFTER = ((b"retry-after", str(round(RETRY_SECONDS)).encode()),)
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +116,8 @@ class PredictionApp:
             place=place,
             root=root,
         )
-        self.turn = Turn(self.service)
+        self.admission = Admission(settings.maximum_wait_ms / 1000)
+        self.turn = Turn(self.service, self.admission)
         self.guard = Guard(token, AccessList(pointer_path.parent / ACCESS_FILE))
         self.worker = ThreadPoolExecutor(1, "predict")
         self.waiting = 0  # large questions that have no answer yet
@@ -146,77 +150,32 @@ class PredictionApp:
 # %% ../../nbs/serving/08_app.ipynb #bdfb2265
 Reply = Callable[[Mapping[str, LoadedModel], list[dict[str, Any]]], Answer]
 
-
-class Turn:
-    """The small questions of one turn of the event loop."""
-
-    def __init__(self, service: PredictionService) -> None:
-        self.service = service
-        self._waiting: list[tuple[Arms, Question, float, asyncio.Future[list[dict[str, Any]]]]] = []
-
-    async def answer(self, arms: Arms, question: Question, started: float) -> list[dict[str, Any]]:
-        """The records of a question, see `PredictionService.answer_all`."""
-        loop = asyncio.get_running_loop()
-        if not self._waiting:
-            loop.call_soon(self._answer_all)
-        future: asyncio.Future[list[dict[str, Any]]] = loop.create_future()
-        self._waiting.append((arms, question, started, future))
-        return await future
-
-    def _answer_all(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        while waiting:
-            arms, rows, together = waiting[0][0], 0, 0
-            most = 1 if self.service.is_copied else INLINE_ROWS  # rows, but for the last question's
-            while together < len(waiting) and waiting[together][0] is arms and rows < most:
-                rows += len(waiting[together][1].rows)
-                together += 1
-            self._answer_some(arms, [each[1:] for each in waiting[:together]])
-            waiting = waiting[together:]
-
-    def _answer_some(
-        self,
-        arms: Arms,
-        some: Sequence[tuple[Question, float, asyncio.Future[list[dict[str, Any]]]]],
-    ) -> None:
-        try:
-            answers = self.service.answer_all(arms, [each[:2] for each in some])
-        except Exception as error:  # noqa: BLE001 - given on to whoever asked
-            if len(some) == 1:
-                if not some[0][2].done():
-                    some[0][2].set_exception(error)
-                return
-            for each in some:
-                self._answer_some(arms, [each])
-            return
-        for (_, _, future), records in zip(some, answers, strict=True):
-            if not future.done():  # the client may be gone
-                future.set_result(records)
-
 # %% ../../nbs/serving/08_app.ipynb #376d24d0
 async def answer_question(
     app: PredictionApp,
+    request: Request,
     arms: Arms,  # read once, so that question and answer belong to the same releases
     question: Question,
-    started: float,  # seconds of time.perf_counter at the request's first byte
     reply: Reply,  # makes a protocol's answer of the records
 ) -> Answer:
     """The answer to a question; RequestError 429 when too many large ones wait."""
     if len(question.rows) <= INLINE_ROWS:
-        return reply(arms.models, await app.turn.answer(arms, question, started))
+        records = await app.turn.answer(arms, question, request.started, request.state)
+        return reply(arms.models, records)
 
     def work() -> Answer:
-        return reply(arms.models, app.service.answer(arms, question, started))
+        return reply(arms.models, app.service.answer(arms, question, request.started))
 
-    return await in_line(app, work)
+    return await in_line(app, request, work)
 
 
-async def in_line(app: PredictionApp, work: Callable[[], Answer]) -> Answer:
+async def in_line(app: PredictionApp, request: Request, work: Callable[[], Answer]) -> Answer:
     """What the worker thread answers, one piece of work after the other; RequestError 429 when too much waits for it."""
     if app.waiting >= LARGE_WAITING:
         raise RequestError(
             429, f"expected at most {LARGE_WAITING} large requests at once, found more; come again"
         )
+    app.admission.leave(request.state)  # it does not hold up the small ones
     app.waiting += 1
     try:
         return await asyncio.get_running_loop().run_in_executor(app.worker, work)
@@ -226,11 +185,14 @@ async def in_line(app: PredictionApp, work: Callable[[], Answer]) -> Answer:
 # %% ../../nbs/serving/08_app.ipynb #faf8c613
 async def respond(app: PredictionApp, scope: Scope, receive: Receive, send: Send) -> None:
     """One request from its first byte to its answer."""
-    started = time.perf_counter()
+    state = scope.get("state", {})
+    started = state.get("read_at") or time.perf_counter()
     template, route, parts = app.routes.find(scope["path"])
     headers = dict(scope["headers"])
     address = (scope.get("client") or ("",))[0]
-    request = Request(scope["method"], scope["path"], headers, receive, started, parts, address)
+    request = Request(
+        scope["method"], scope["path"], headers, receive, started, parts, address, state
+    )
     try:
         answer = await answer_for(app, request, route)
     except ClientGoneError:
@@ -238,6 +200,8 @@ async def respond(app: PredictionApp, scope: Scope, receive: Receive, send: Send
     except Exception:
         logger.exception("an error of the server itself, in %s", shorten(request.path))
         answer = error_answer(500, "the server failed on this request; its log says how")
+    finally:
+        app.admission.leave(state)
     if answer.status >= 400 and route is not None and route.is_logged:
         answer = recorded(app, template, answer)
     app.service.metrics.request(template, answer.status, time.perf_counter() - started)
@@ -263,7 +227,7 @@ async def answer_for(app: PredictionApp, request: Request, route: Route | None) 
     try:
         return await route.handler(app, request)
     except RequestError as error:
-        wait = ((b"retry-after", b"1"),) if error.status in (429, 503) else ()
+        wait = RETRY_AFTER if error.status in (429, 503) else ()
         return error_answer(
             error.status, str(error), field=error.field, row=error.row, headers=wait
         )

@@ -45,6 +45,7 @@ class Request:
         default_factory=dict
     )  # of the path, by the names in its template
     address: str = ""  # of the client
+    state: MutableMapping[str, Any] = field(default_factory=dict)  # see serving.admission
 
 # %% ../../nbs/serving/06_http.ipynb #c09a1aa5
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from .feedback import FeedbackCounts
 from .prediction_log import PredictionLog
+from .shadow_keeper import ShadowCopy
 from .slots import ModelSlots
 
 # %% auto #0
@@ -24,9 +25,13 @@ __all__ = ['LATENCY_BUCKETS', 'StateCollector', 'ServerMetrics']
 class StateCollector(Collector):
     """The state of slots and log, read at the moment of the scrape."""
 
-    def __init__(self, slots: ModelSlots, log: PredictionLog) -> None:
+    def __init__(
+        self, slots: ModelSlots, log: PredictionLog, shadow: ShadowCopy, tells_shadow: bool
+    ) -> None:
         self.slots = slots
         self.log = log
+        self.shadow = shadow
+        self.tells_shadow = tells_shadow
 
     def collect(self) -> Iterator[Metric]:
         """One family a figure."""
@@ -57,6 +62,19 @@ class StateCollector(Collector):
         yield CounterMetricFamily(
             "mwb_log_unlogged", "Answers given without a record", self.log.unlogged
         )
+        yield self._shadow_rows()
+
+    def _shadow_rows(self) -> CounterMetricFamily:
+        """Each worker tells what it sent; what came of it, one of them tells for all."""
+        rows = CounterMetricFamily(
+            "mwb_shadow_rows", "Rows for the release that nobody hears", labels=["outcome"]
+        )
+        rows.add_metric(["copied"], self.shadow.sent)
+        rows.add_metric(["dropped"], self.shadow.dropped)
+        compared, failed = self.shadow.counts.values if self.tells_shadow else (0, 0)
+        rows.add_metric(["compared"], compared)
+        rows.add_metric(["failed"], failed)
+        return rows
 
 # %% ../../nbs/serving/04_metrics.ipynb #d349c2a7
 LATENCY_BUCKETS = (
@@ -67,9 +85,16 @@ LATENCY_BUCKETS = (
 class ServerMetrics:
     """The figures of one server."""
 
-    def __init__(self, slots: ModelSlots, log: PredictionLog) -> None:
+    def __init__(
+        self,
+        slots: ModelSlots,
+        log: PredictionLog,
+        shadow: ShadowCopy,
+        *,
+        tells_shadow: bool = True,  # False for all workers but one
+    ) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(StateCollector(slots, log))
+        self.registry.register(StateCollector(slots, log, shadow, tells_shadow))
         ProcessCollector(registry=self.registry)
         self._requests = Counter(
             "mwb_requests",
@@ -90,6 +115,13 @@ class ServerMetrics:
         self._feedback = Counter(
             "mwb_feedback", "Items of feedback by outcome", ["outcome"], registry=self.registry
         )
+        self._waits = Histogram(
+            "mwb_wait_seconds",
+            "Time from the last byte of a request to its turn, of those first in a turn",
+            buckets=LATENCY_BUCKETS,
+            registry=self.registry,
+        )
+        self._turned_away: dict[str, Counter] = {}
         self._children: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._rows: dict[tuple[str, str], Counter] = {}
         self._failed = Counter(
@@ -107,6 +139,17 @@ class ServerMetrics:
             self._children[route, status] = children
         children[0].inc()
         children[1].observe(seconds)
+
+    def turned_away(self, route: str) -> None:
+        """Count one request that was told to come again before anything was done for it."""
+        child = self._turned_away.get(route)
+        if child is None:
+            child = self._turned_away[route] = self._requests.labels(route, "429")
+        child.inc()
+
+    def waited(self, seconds: float) -> None:
+        """Note how long the first of some questions waited until its model was asked."""
+        self._waits.observe(seconds)
 
     def predictions(self, slot: str, digest: str, rows: int) -> None:
         """Count answered rows."""

@@ -110,7 +110,7 @@ REFUSALS = {
     413: "the body or the number of rows is over the limit",
     415: "the body is of another type",
     422: "the body does not fit; field and row say where",
-    429: "too many large requests wait already, or too many bad tokens came from this address; Retry-After says when to come again",
+    429: "too many requests wait already, or too many bad tokens came from this address; Retry-After says when to come again",
     501: "an imported MLflow model serves, which answers at /predict and /invocations alone",
     503: "there is no release to answer with, or the prediction log cannot be written",
 }

@@ -19,6 +19,7 @@ from ..core.settings import ServingSettings
 from ..core.workspace import Workspace
 from .http import BY_ROLES
 from .address import WorkspaceName
+from .shadow_keeper import ShadowHandles
 from .workers import WorkerPlace
 
 # %% auto #0
@@ -97,4 +98,5 @@ def read_order(line: bytes) -> tuple[ServingPlan, WorkerPlace, int]:
         workspace=workspace and WorkspaceName(**workspace),
         root=order["root"] and Path(order["root"]),
     )
-    return plan, WorkerPlace(**{**place, "folder": Path(place["folder"])}), order["handle"]
+    told = {"folder": Path(place["folder"]), "shadow": ShadowHandles(**place["shadow"])}
+    return plan, WorkerPlace(**{**place, **told}), order["handle"]

@@ -14,6 +14,7 @@ import threading
 import time
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -78,6 +79,7 @@ class PredictionLog:
         self.opened: set[str] = set()  # names of the segments that were written here
         self._lock = threading.Lock()
         self._writer: JournalWriter | None = None
+        self._next: Future[JournalWriter] | None = None  # the segment that follows
         self._segments = 0
         self._hour = -1
         self._gap: Gap | None = None
@@ -138,24 +140,48 @@ class PredictionLog:
                 self.append([])
         with self._lock:
             writer, self._writer = self._writer, None
+            following, self._next = self._next, None
         if writer is not None:
             self._close(writer)
+        if following is not None and following.exception() is None:
+            following.result().close()
+            following.result().path.unlink(missing_ok=True)  # nothing was written to it
 
     def _current(self) -> JournalWriter:
         """The open segment, or a new one when it is full or the hour is over."""
         hour = int(timestamp() // 3600)
         writer = self._writer
-        if writer is not None and hour == self._hour and writer.size() < self.segment_bytes:
-            return writer
+        if writer is not None and hour == self._hour:
+            size = writer.size()
+            if self._next is None and size > self.segment_bytes // 2:
+                self._next = self._open_next()
+            if size < self.segment_bytes:
+                return writer
         if writer is not None:
             self._writer = None
             threading.Thread(target=self._close, args=(writer,), name="close segment").start()
-        self._segments += 1
+        following, self._next = self._next, None
+        if following is None or following.exception() is not None:
+            following = self._open_next()  # what failed a while ago may work now
         self._hour = hour
+        self._writer = following.result()
+        return self._writer
+
+    def _open_next(self) -> Future[JournalWriter]:
+        """Begin to open another segment, in a thread of its own."""
+        self._segments += 1
         path = self.folder / segment_name(now(), os.getpid(), self._segments)
         self.opened.add(path.name)
-        self._writer = JournalWriter(path, sync_interval_ms=self.sync_interval_ms)
-        return self._writer
+        opened: Future[JournalWriter] = Future()
+
+        def work() -> None:
+            try:
+                opened.set_result(JournalWriter(path, sync_interval_ms=self.sync_interval_ms))
+            except (WorkbenchError, OSError) as error:
+                opened.set_exception(error)
+
+        threading.Thread(target=work, name="open segment").start()
+        return opened
 
     def _close(self, writer: JournalWriter) -> bool:
         """Sync and close a segment; False when its last records may not have reached the disk."""

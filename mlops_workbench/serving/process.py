@@ -5,7 +5,6 @@
 # %% ../../nbs/serving/19_process.ipynb #6c3bb298
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import logging
@@ -17,18 +16,16 @@ import threading
 
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
-
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .plan import ServingPlan, read_order
+from .protocol import AdmittingProtocol
 from .routes import create_app
 from .workers import WorkerPlace
 
 # %% auto #0
-__all__ = ['LISTENING_HANDLES', 'listening_handles', 'AnnouncedServer', 'ending_quietly', 'OneWriteTransport', 'OneWriteProtocol',
-           'answer_requests', 'end_with_the_group', 'main']
+__all__ = ['LISTENING_HANDLES', 'listening_handles', 'AnnouncedServer', 'ending_quietly', 'answer_requests', 'end_with_the_group',
+           'main']
 
 # %% ../../nbs/serving/19_process.ipynb #392e71f0
 LISTENING_HANDLES = 8  # new connections taken a turn of the event loop
@@ -75,51 +72,6 @@ def ending_quietly(server: uvicorn.Server) -> Iterator[None]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-# %% ../../nbs/serving/19_process.ipynb #7e7c63d1
-class OneWriteTransport:
-    """A transport that sends the head of an answer together with the body."""
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._head = b""
-
-    def write(self, data: bytes) -> None:
-        """Send, or keep the head of an answer for a moment."""
-        if self._head:
-            data, self._head = self._head + data, b""
-        elif data.startswith(b"HTTP/1.1 "):
-            self._head = data
-            self._loop.call_soon(self.flush)
-            return
-        self._transport.write(data)
-
-    def flush(self) -> None:
-        """Send what was kept."""
-        if self._head:
-            head, self._head = self._head, b""
-            self._transport.write(head)
-
-    def close(self) -> None:
-        """Send what was kept, then close."""
-        self.flush()
-        self._transport.close()
-
-    def is_closing(self) -> bool:
-        """Whether the transport is closed or about to be."""
-        return self._transport.is_closing()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-# %% ../../nbs/serving/19_process.ipynb #5a73d5ee
-class OneWriteProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol over such a transport."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin, with one write an answer."""
-        super().connection_made(OneWriteTransport(transport, self.loop))  # type: ignore[arg-type]
-
 # %% ../../nbs/serving/19_process.ipynb #e6db7972
 def answer_requests(
     plan: ServingPlan,
@@ -139,7 +91,7 @@ def answer_requests(
     )
     config = uvicorn.Config(
         app,
-        http=OneWriteProtocol,
+        http=AdmittingProtocol,
         loop="uvloop",
         ws="none",
         lifespan="on",

@@ -61,9 +61,9 @@ async def predict(app: PredictionApp, request: Request) -> Answer:
     question = decode_predict(body, app.settings.maximum_rows)
     if (imported := arms.imported) is not None:
         return await in_line(
-            app, lambda: predict_imported(app.service, imported, question, request.started)
+            app, request, lambda: predict_imported(app.service, imported, question, request.started)
         )
-    return await answer_question(app, arms, question, request.started, json_reply)
+    return await answer_question(app, request, arms, question, json_reply)
 
 # %% ../../nbs/serving/14_routes.ipynb #a41b9093
 async def feedback(app: PredictionApp, request: Request) -> Answer:
@@ -131,10 +131,10 @@ async def invocations(app: PredictionApp, request: Request) -> Answer:
     arms = app.service.serving()
     if (imported := arms.imported) is not None:
         return await in_line(
-            app, lambda: invoke_imported(app.service, imported, body, request.started)
+            app, request, lambda: invoke_imported(app.service, imported, body, request.started)
         )
     question = decode_invocations(body, arms.champion.schema, app.settings.maximum_rows)
-    return await answer_question(app, arms, question, request.started, invocations_reply)
+    return await answer_question(app, request, arms, question, invocations_reply)
 
 # %% ../../nbs/serving/14_routes.ipynb #d53130e4
 async def ping(app: PredictionApp, request: Request) -> Answer:
@@ -155,7 +155,7 @@ async def infer(app: PredictionApp, request: Request) -> Answer:
     def reply(models: Mapping[str, LoadedModel], records: list[dict[str, Any]]) -> Answer:
         return infer_reply(asked.id, outputs, models, records)
 
-    return await answer_question(app, arms, question, request.started, reply)
+    return await answer_question(app, request, arms, question, reply)
 
 # %% ../../nbs/serving/14_routes.ipynb #22721c61
 async def model_about(app: PredictionApp, request: Request) -> Answer:

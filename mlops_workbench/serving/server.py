@@ -23,10 +23,11 @@ from ..core.settings import ServingSettings
 from .address import local_host, look_at
 from .http import BY_ROLES, is_loopback
 from .plan import ServingPlan, plan_bundle, plan_workspace, write_order
-from .workers import WorkerGroup
+from .shadow_keeper import ShadowKeeper, ShadowWatch
+from .workers import WorkerGroup, WorkerPlace
 
 # %% auto #0
-__all__ = ['MINIMUM_TOKEN', 'check_exposure', 'bind', 'taken_words', 'Announcement', 'serve', 'parse_arguments',
+__all__ = ['MINIMUM_TOKEN', 'check_exposure', 'bind', 'taken_words', 'Announcement', 'serve', 'worker_group', 'parse_arguments',
            'checked_settings', 'main']
 
 # %% ../../nbs/serving/09_server.ipynb #d2f17105
@@ -118,19 +119,24 @@ def serve(plan: ServingPlan, host: str, port: int, scratch: Path) -> None:
 
         answer_requests(plan, listener, told.tell)
     else:
-        listener.setblocking(False)  # another worker may take a connection first
-        handle = listener.fileno()
-        command = [sys.executable, "-m", "mlops_workbench.serving.process"]
-        group = WorkerGroup(
-            command,
-            lambda place: write_order(plan, place, handle),
-            plan.settings.workers,
-            scratch,
-            handles=(handle,),
-        )
-        with listener:
-            group.run(told.tell)
+        with listener, contextlib.closing(ShadowKeeper(plan.predictions, plan.settings)) as keeper:
+            worker_group(plan, listener, keeper, scratch).run(told.tell)
     told.withdraw()
+
+# %% ../../nbs/serving/09_server.ipynb #c5bad3f9
+def worker_group(
+    plan: ServingPlan, listener: socket.socket, keeper: ShadowKeeper, scratch: Path
+) -> WorkerGroup:
+    """The workers of a server, with one copy of the traffic beside them all."""
+    listener.setblocking(False)  # another worker may take a connection first
+    handle, shadow, count = listener.fileno(), keeper.handles, plan.settings.workers
+    return WorkerGroup(
+        [sys.executable, "-m", "mlops_workbench.serving.process"],
+        lambda place: write_order(plan, place, handle),
+        [WorkerPlace(number, count, scratch, shadow) for number in range(1, count + 1)],
+        handles=(handle, shadow.sender, shadow.counts),
+        look_beside=ShadowWatch(plan.pointer_path, keeper.follow).look,
+    )
 
 # %% ../../nbs/serving/09_server.ipynb #d8d2c824
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -20,7 +20,8 @@ from typing import Any
 from ..core.clock import timestamp
 from ..core.errors import ServingError
 from ..core.features import FeatureError
-from ..core.settings import ServingSettings
+from ..core.pointer import SlotEntry
+from ..core.settings import SHADOW, ServingSettings
 from .feedback import FeedbackBook, FeedbackCounts, FeedbackItem
 from .log_form import LogForm, without_values
 from .metrics import ServerMetrics
@@ -38,9 +39,9 @@ from mlops_workbench.serving.records import (
     rows_asked,
 )
 from .requests import Question, RequestError
-from .shadow import ShadowCopy
+from .shadow_keeper import ShadowCopy, ShadowKeeper
 from .shared_metrics import SharedMetrics
-from .slots import CHAMPION, SHADOW, Arms, ModelSlots
+from .slots import CHAMPION, Arms, ModelSlots
 from .workers import WorkerPlace
 
 # %% auto #0
@@ -86,9 +87,15 @@ class PredictionService:
     ) -> None:
         self.predictions = predictions
         self.place = place
-        self.shadow = ShadowCopy(predictions, settings)
+        self._keeper: ShadowKeeper | None = None  # among several workers it is their parent's
+        if place is None:
+            self._keeper = ShadowKeeper(predictions, settings)
+            handles = self._keeper.handles
+        else:
+            handles = place.shadow
+        self.shadow = ShadowCopy(handles)
         load = partial(load_release, settings=settings, root=root)
-        self.slots = ModelSlots(pointer_path, load=load, shadow=self.shadow.follow)
+        self.slots = ModelSlots(pointer_path, load=load, shadow=self._follow_shadow)
         self.log = PredictionLog(
             predictions,
             sync_interval_ms=settings.sync_interval_ms,
@@ -101,7 +108,9 @@ class PredictionService:
             large_row_share=settings.large_row_share,
         )
         self.book = FeedbackBook()
-        self.metrics = ServerMetrics(self.slots, self.log)
+        self.metrics = ServerMetrics(
+            self.slots, self.log, self.shadow, tells_shadow=place is None or place.number == 1
+        )
         self.names = RequestNames()
         self.draining = False
         self._recollection = Recollection(
@@ -143,7 +152,14 @@ class PredictionService:
         self._stopped.set()
         self.slots.stop()
         self.shadow.close()
+        if self._keeper is not None:
+            self._keeper.close()
         self.log.close()
+
+    def _follow_shadow(self, entry: SlotEntry | None) -> None:
+        if self._keeper is not None:
+            self._keeper.follow(entry)
+        self.shadow.follow(entry)
 
     def serving(self) -> Arms:
         """What serves, of whatever kind; RequestError 503 before there is a release."""

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
-import logging
 import os
 import socket
-import subprocess
 import sys
-import threading
 import time
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +21,6 @@ import msgspec
 from ..core.clock import timestamp
 from ..core.errors import ServingError, WorkbenchError
 from ..core.features import FeatureError
-from ..core.pointer import SlotEntry
-from ..core.settings import ServingSettings
 from .log_form import without_values
 from mlops_workbench.serving.models import (
     LoadedModel,
@@ -35,133 +29,11 @@ from mlops_workbench.serving.models import (
     run_session,
 )
 from .prediction_log import PredictionLog
-from .slots import retry_seconds, shorten_text
+from .shadow_keeper import BUFFER_BYTES, END_WORD, SharedCounts
+from .slots import shorten_text
 
 # %% auto #0
-__all__ = ['BUFFER_BYTES', 'logger', 'ShadowCopy', 'shadow_answers', 'shadow_records', 'step_back', 'answer_copies', 'main',
-           'unloaded_record']
-
-# %% ../../nbs/serving/11_shadow.ipynb #ea65daf8
-BUFFER_BYTES = 1024 * 1024  # of the socket, as far as the system allows
-logger = logging.getLogger(__name__)
-
-
-class ShadowCopy:
-    """Sends what the champion was asked to the release in the slot "shadow"; costs nothing while there is none."""
-
-    def __init__(self, predictions: Path, settings: ServingSettings) -> None:
-        self.predictions, self.settings = predictions, settings
-        self.sent = self.dropped = 0  # rows
-        self._link: socket.socket | None = None
-        self._wanted: SlotEntry | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._changed = threading.Condition()
-        self._keeper: threading.Thread | None = None
-        self._closed = False
-
-    def follow(self, entry: SlotEntry | None) -> None:
-        """Copy to this release from now on; None: to nobody."""
-        with self._changed:
-            if entry == self._wanted or self._closed:
-                return
-            self._wanted = entry
-            self._unlink()
-            if self._keeper is None:
-                self._keeper = threading.Thread(target=self._keep, name="shadow", daemon=True)
-                self._keeper.start()
-            self._changed.notify_all()
-
-    def offer(
-        self,
-        request: str,
-        ids: Sequence[str],
-        rows: Sequence[Mapping[str, Any]],
-        old_ms: float,
-        is_private: bool = False,  # True: no failure may quote the rows
-    ) -> None:
-        """Send a question that took the processor `old_ms`, or drop it; never waits."""
-        link = self._link
-        if link is None:
-            return
-        try:
-            link.send(msgspec.json.encode((request, ids, rows, old_ms, is_private)))
-            self.sent += len(ids)
-        except OSError as err:
-            if err.errno == errno.EMSGSIZE and len(ids) > 1:
-                half = len(ids) // 2
-                self.offer(request, ids[:half], rows[:half], old_ms, is_private)
-                self.offer(request, ids[half:], rows[half:], old_ms, is_private)
-            else:
-                self.dropped += len(ids)
-
-    def close(self) -> None:
-        """End the copy and wait for its process, which keeps what it has read."""
-        self.follow(None)
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        if self._keeper is not None:
-            self._keeper.join(10)
-
-    def _unlink(self) -> None:
-        """Close the link: the process at its other end finishes and ends."""
-        link, self._link = self._link, None
-        if link is not None:
-            link.close()
-
-    def _keep(self) -> None:
-        """Keep one process for the wanted release; one that ends by itself is started again, after a while."""
-        attempts = 0
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._wanted is not None)
-                if self._closed:
-                    return
-                entry = self._wanted
-            assert entry is not None
-            process = self._start(entry)
-            process.wait()
-            with self._changed:
-                if self._wanted != entry:
-                    attempts = 0
-                    continue
-                self._unlink()
-                attempts += 1
-                logger.warning("the copy for %s ended with %s", entry.name, process.returncode)
-                self._changed.wait_for(
-                    lambda entry=entry: self._closed or self._wanted != entry,  # type: ignore[misc]
-                    retry_seconds(attempts),
-                )
-
-    def _start(self, entry: SlotEntry) -> subprocess.Popen[bytes]:
-        """Start the process that answers under this release, with the link to it."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            ours.setblocking(False)
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-            command = [
-                sys.executable,
-                "-m",
-                "mlops_workbench.serving.shadow",
-                entry.path,
-                entry.digest,
-            ]
-            command += ["--link", str(theirs.fileno()), "--predictions", str(self.predictions)]
-            command += [
-                "--sync",
-                str(self.settings.sync_interval_ms),
-                "--segment",
-                str(self.settings.segment_bytes),
-            ]
-            process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-            )
-        with self._changed:
-            if self._wanted == entry:
-                self._link = ours
-            else:
-                ours.close()
-        return process
+__all__ = ['shadow_answers', 'shadow_records', 'step_back', 'answer_copies', 'main', 'unloaded_record']
 
 # %% ../../nbs/serving/11_shadow.ipynb #17152666
 def shadow_answers(
@@ -213,11 +85,22 @@ def step_back() -> None:
     os.nice(19)
 
 
-def answer_copies(link: socket.socket, model: LoadedModel, log: PredictionLog) -> None:
-    """Answer what comes until the server closes the link."""
-    decoder = msgspec.json.Decoder(tuple[str, list[str], list[dict[str, Any]], float, bool])
+def answer_copies(
+    link: socket.socket, model: LoadedModel, log: PredictionLog, counts: SharedCounts
+) -> None:
+    """Answer what comes for this release, until the server is gone or says that it is enough."""
+    decoder = msgspec.json.Decoder(tuple[str, str, list[str], list[dict[str, Any]], float, bool])
     while packet := link.recv(2 * BUFFER_BYTES):
-        log.append(shadow_records(model, *decoder.decode(packet)))
+        if packet.startswith(b"end "):
+            if packet == END_WORD % os.getpid():
+                return
+            continue  # meant for one that died before it read it
+        target, request, ids, rows, old_ms, is_private = decoder.decode(packet)
+        if target == model.digest:
+            records = list(shadow_records(model, request, ids, rows, old_ms, is_private))
+            log.append(records)
+            failed = sum(bool(record["error"]) for record in records)
+            counts.add(len(records) - failed, failed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -226,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("digest")
     parser.add_argument("--link", type=int, required=True)
+    parser.add_argument("--counts", type=int, required=True)
     parser.add_argument("--predictions", type=Path, required=True)
     parser.add_argument("--sync", type=int, required=True)
     parser.add_argument("--segment", type=int, required=True)
@@ -239,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.close()
         return 1
     with socket.socket(fileno=found.link) as link, contextlib.suppress(KeyboardInterrupt):
-        answer_copies(link, model, log)
+        answer_copies(link, model, log, SharedCounts(found.counts))
     log.close()
     return 0
 

@@ -17,25 +17,15 @@ from ..core.assignment import choose_arm
 from ..core.clock import iso, now
 from ..core.errors import WorkbenchError
 from ..core.features import private_columns
-from ..core.pointer import Pointer, SlotEntry, read_pointer
+from ..core.pointer import FileState, Pointer, SlotEntry, file_state, read_pointer
+from ..core.settings import SHADOW
 from .models import LoadedModel, load_model
 from .pyfunc import PyfuncModel
+from .shadow_keeper import retry_seconds
 
 # %% auto #0
-__all__ = ['FileState', 'CHAMPION', 'SHADOW', 'file_state', 'SlotProblem', 'retry_seconds', 'ArmStatus', 'Arms', 'arrange',
-           'let_go', 'shadow_status', 'SlotStatus', 'ModelSlots', 'shorten_text']
-
-# %% ../../nbs/serving/01_slots.ipynb #e5653525
-FileState = tuple[int, int, int, int]
-
-
-def file_state(path: Path) -> FileState | None:
-    """What changes when the file does: inode, size, modification and change time in ns; None when it is absent."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+__all__ = ['CHAMPION', 'SlotProblem', 'ArmStatus', 'Arms', 'arrange', 'let_go', 'shadow_status', 'SlotStatus', 'ModelSlots',
+           'shorten_text']
 
 # %% ../../nbs/serving/01_slots.ipynb #e32e13e1
 @dataclass(frozen=True)
@@ -48,14 +38,8 @@ class SlotProblem:
     since: str  # ISO time of the first failure
     attempts: int
 
-# %% ../../nbs/serving/01_slots.ipynb #ca9ac4f7
-def retry_seconds(attempts: int) -> float:
-    """The pause before a failed load is tried again: 5 s, doubled each time, at most a minute."""
-    return float(min(5 * 2 ** (attempts - 1), 60))
-
 # %% ../../nbs/serving/01_slots.ipynb #131c91a8
 CHAMPION = "champion"
-SHADOW = "shadow"  # gets a copy of the traffic, in a process of its own: never loaded here
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from ..core.errors import ServingError
+from .shadow_keeper import ShadowHandles
 
 # %% auto #0
 __all__ = ['DRAIN_SECONDS', 'PAUSE_SECONDS', 'LONGEST_PAUSE', 'WorkerPlace', 'Worker', 'WorkerGroup']
@@ -29,6 +30,7 @@ class WorkerPlace:
     number: int  # from 1
     count: int
     folder: Path  # that the workers of one server share while it runs
+    shadow: ShadowHandles  # of the one copy of the traffic
 
     @property
     def ready_file(self) -> Path:
@@ -59,14 +61,15 @@ class WorkerGroup:
         self,
         command: Sequence[str],
         order: Callable[[WorkerPlace], bytes],  # what a worker is told on its standard input
-        count: int,
-        folder: Path,
+        places: Sequence[WorkerPlace],
         handles: Sequence[int] = (),  # open files that the workers inherit
+        look_beside: Callable[[], None] = lambda: None,  # called again and again meanwhile
     ) -> None:
         self.command = list(command)
         self.order = order
-        self.places = [WorkerPlace(number, count, folder) for number in range(1, count + 1)]
+        self.places = list(places)
         self.handles = handles
+        self.look_beside = look_beside
         self.workers: list[Worker] = []
         self.ending = False
 
@@ -89,6 +92,7 @@ class WorkerGroup:
                 announce()
             while not self.ending:
                 time.sleep(PAUSE_SECONDS)
+                self.look_beside()
                 self._look()
         finally:
             self._drain()
