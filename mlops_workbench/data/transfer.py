@@ -16,6 +16,7 @@ from pathlib import Path
 from ..core.errors import DataError, IntegrityError
 from ..core.files import write_atomic
 from . import dvc
+from .defaults import record_default
 from mlops_workbench.data.remotes import (
     Remote,
     explained,
@@ -131,6 +132,8 @@ def push(
     unlisted = _unlisted(store, refs)
     if unlisted:
         pull(store, unlisted)
+    for name in sorted({tag.name for tag in read_tags(store.root)}):
+        record_default(store.workspace, name)  # for whoever clones and pulls
     for batch in _batches(store, refs, remote, progress):
         objects = batch.objects()
         there = remote_sizes(batch.remote, batch.work)

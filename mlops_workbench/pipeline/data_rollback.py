@@ -70,6 +70,7 @@ def rollback_data(
     slot = ledger.slot(data_slot(version.ref))
     before = default_versions(workspace).get(version.name) or _newest(store, version)
     if before == version.ref and (slot is not None or version.ref != _newest(store, version)):
+        record_default(workspace, version.ref)
         return DataRollback(version.ref, before, version.rows, False, (), 0)
     known = withdrawn_versions(workspace, version.name)
     with ledger.decision(
