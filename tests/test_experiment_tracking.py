@@ -158,10 +158,11 @@ def test_a_run_knows_where_it_comes_from(workspace: Workspace, run: tuple[str, P
     assert tags["mlflow.source.git.commit"] == tags["code_commit"]
 
 
+@pytest.mark.parametrize("wanted", [20, pytest.param(60, marks=pytest.mark.slow)])
 def test_every_metric_exactly_once_though_writer_and_shipper_are_killed(
-    workspace: Workspace, run: tuple[str, Path]
+    workspace: Workspace, run: tuple[str, Path], wanted: int
 ) -> None:
-    """Forty kills at random moments; pages so small that many fall before the writing down."""
+    """Kills at random moments; pages so small that many fall before the writing down."""
     run_id, folder = run
     done = run_forking(
         """
@@ -197,7 +198,7 @@ def sent_but_not_written_down():
     return arrived > sum(r["kind"] == "metrics" for r in noted[:len(noted) - len(left)])
 kills = between = 0
 writer = forked(write)
-while kills < 40:
+while kills < int(sys.argv[4]):
     shipper = forked_and_ready(ship)
     kills += killed_after(shipper, chance.uniform(0, 1))
     between += sent_but_not_written_down()
@@ -212,9 +213,12 @@ print(kills, between)
         workspace.root,
         run_id,
         folder,
+        wanted,
     )
     kills, between = map(int, done.stdout.split())
-    assert kills >= 40 and between >= 3, "too few kills fell where a page is sent twice"
+    assert kills >= wanted and between >= wanted / 13, (
+        "too few kills fell where a page is sent twice"
+    )
     page = read_journal(folder / JOURNAL_NAME)
     steps = sorted(int(r["step"]) for r in page.records if r["kind"] == "metrics")
     assert steps == list(range(len(steps))) and len(steps) > 100 and not page.damaged

@@ -163,12 +163,15 @@ def counted(predictions: Path) -> Counter[str]:
     return counts
 
 
-def test_a_compaction_killed_anywhere_loses_and_doubles_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("attempts", [10, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_compaction_killed_anywhere_loses_and_doubles_nothing(
+    tmp_path: Path, attempts: int
+) -> None:
     generator = np.random.default_rng(0)
     rows = draw_rows(generator, 12)
     chance = random.Random(0)
     interrupted = 0
-    for attempt in range(30):
+    for attempt in range(attempts):
         folder = tmp_path / str(attempt)
         for part in range(3):
             records = prediction_records(
@@ -186,7 +189,7 @@ def test_a_compaction_killed_anywhere_loses_and_doubles_nothing(tmp_path: Path) 
         counts = counted(folder)
         assert len(counts) == 36 and set(counts.values()) == {1}
         assert not list((folder / "segments").glob("*.log"))
-    assert 30 < interrupted < 90  # some were killed, some came through
+    assert attempts < interrupted < 3 * attempts  # some were killed, some came through
 
 
 def test_readers_see_every_answer_once_while_writers_write_and_compaction_runs(

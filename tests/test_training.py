@@ -83,8 +83,8 @@ def undisturbed(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def winter(folder: Path, device: str, seed: int = 0) -> list[str]:
-    """The command of twelve epochs of flights."""
-    return command(folder, "flights", WINTER, seed, epochs=12, patience=12, device=device)
+    """The command of eight epochs of flights."""
+    return command(folder, "flights", WINTER, seed, epochs=8, patience=8, device=device)
 
 
 def test_same_seed_same_bytes_another_seed_other_bytes(
