@@ -370,6 +370,33 @@ def logged(predictions: Path, kind: str = "prediction") -> list[dict[str, Any]]:
     return records
 
 
+def start_on_small_disk(
+    disk: Path,  # a folder that becomes a file system of 256 KB
+    ballast: int,  # bytes of it that are taken
+    port_file: Path,
+    log: Path,
+    *options: object,  # of the server
+) -> tuple[RunningServer, Path]:
+    """A ready server in a mount namespace of its own, and the disk as it is seen from outside."""
+    words = " ".join(map(str, options))
+    script = (
+        f"mount -t tmpfs -o size=256k tmpfs {disk} && head -c {ballast} /dev/zero > {disk}/ballast && "
+        f"exec {sys.executable} -m mlops_workbench.serving.server {words} --port 0 --port-file {port_file}"
+    )
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["unshare", "-rm", "sh", "-c", script], stdout=output, stderr=output
+        )
+    try:
+        wait_until(lambda: port_file.exists() or process.poll() is not None, 30, "port")
+        server = RunningServer(process, int(port_file.read_text()), log)
+        server.wait_ready()
+    except BaseException:
+        process.kill()
+        raise
+    return server, Path(f"/proc/{process.pid}/root{disk}")
+
+
 def can_mount() -> bool:
     """True where a process may mount a small file system of its own."""
     probe = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt"]

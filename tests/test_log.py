@@ -3,8 +3,6 @@
 import contextlib
 import json
 import shutil
-import subprocess
-import sys
 import time
 from datetime import datetime
 from functools import partial
@@ -21,13 +19,13 @@ from serving_support import (
     CARRIERS,
     ROW,
     SCHEMA,
-    RunningServer,
     build_bundle,
     can_mount,
     make_workspace,
     picture_model,
     point_at,
     serving,
+    start_on_small_disk,
     wait_until,
 )
 
@@ -204,21 +202,11 @@ def test_whoever_wants_to_be_answered_on_a_full_disk_is_and_the_gap_is_told(tmp_
     point_at(workspace.pointer_path, build_bundle(workspace.bundles), epoch=1)
     disk, port_file, log = workspace.predictions, tmp_path / "port", tmp_path / "server.log"
     disk.mkdir(parents=True)
-    script = (
-        f"mount -t tmpfs -o size=256k tmpfs {disk} && head -c 150000 /dev/zero > {disk}/ballast && "
-        f"exec {sys.executable} -m mlops_workbench.serving.server --workspace {workspace.root} "
-        f"--port 0 --port-file {port_file}"
+    server, inside = start_on_small_disk(
+        disk, 150_000, port_file, log, "--workspace", workspace.root
     )
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            ["unshare", "-rm", "sh", "-c", script], stdout=output, stderr=output
-        )
     try:
-        wait_until(lambda: port_file.exists() or process.poll() is not None, 30, "port")
-        server = RunningServer(process, int(port_file.read_text()), log)
-        server.wait_ready()
         client = server.client()
-        inside = Path(f"/proc/{process.pid}/root{disk}")
         answered = 10
         assert client.post("/predict", {"rows": [ROW] * 10}).status == 200
         with contextlib.suppress(OSError), (inside / "filler").open("wb", buffering=0) as filler:
@@ -246,10 +234,9 @@ def test_whoever_wants_to_be_answered_on_a_full_disk_is_and_the_gap_is_told(tmp_
             answered += 1
         missing = unlogged(client)
         shutil.copytree(inside / "segments", tmp_path / "copy" / "segments")
-        assert process.poll() is None
+        assert server.process.poll() is None
     finally:
-        process.kill()
-        process.wait()
+        server.kill()
     assert log.read_text().count("answers are given without a record") == 1
     window = read_window(tmp_path / "copy", 0, time.time() + 1)
     assert window.unlogged == missing

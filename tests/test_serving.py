@@ -33,6 +33,7 @@ from serving_support import (
     point_at,
     serving,
     serving_bundle,
+    start_on_small_disk,
     start_server,
     wait_until,
 )
@@ -679,21 +680,10 @@ def test_a_full_disk_is_said_aloud_and_recovered_from(tmp_path: Path, bundle: Pa
     disk = tmp_path / "disk"
     disk.mkdir()
     port_file, log = tmp_path / "port", tmp_path / "server.log"
-    script = (
-        f"mount -t tmpfs -o size=256k tmpfs {disk} && head -c 100000 /dev/zero > {disk}/ballast && "
-        f"exec {sys.executable} -m mlops_workbench.serving.server --bundle {bundle} "
-        f"--predictions {disk}/predictions --port 0 --port-file {port_file}"
-    )
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            ["unshare", "-rm", "sh", "-c", script], stdout=output, stderr=output
-        )
+    options = ("--bundle", bundle, "--predictions", disk / "predictions")
+    server, inside = start_on_small_disk(disk, 100_000, port_file, log, *options)
     try:
-        wait_until(lambda: port_file.exists() or process.poll() is not None, 30, "port")
-        server = RunningServer(process, int(port_file.read_text()), log)
-        server.wait_ready()
         client = server.client()
-        inside = Path(f"/proc/{process.pid}/root{disk}")
         acknowledged = []
         for number in range(2_000):
             ids = [f"before-{number}-{row}" for row in range(1 + number % 20)]
@@ -743,8 +733,7 @@ def test_a_full_disk_is_said_aloud_and_recovered_from(tmp_path: Path, bundle: Pa
         assert found == acknowledged, "a refused request left nothing behind"
         assert len(list((inside / "predictions" / "segments").iterdir())) <= 4
     finally:
-        process.kill()
-        process.wait()
+        server.kill()
 
 
 def test_a_slow_or_vanishing_client_costs_the_others_nothing(server: RunningServer) -> None:
