@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from test_rollout import QUICK, Traffic, begin, in_force, mostly, serve, split
 from mlops_workbench.cli.main import main
 from mlops_workbench.core.files import sha256_file
 from mlops_workbench.core.ledger import Ledger
+from mlops_workbench.pipeline.decision_record import missing_records, write_records
 from mlops_workbench.pipeline.loop import tend
-from mlops_workbench.pipeline.rollout_record import missing_records, write_records
 
 
 def outputs(path: Path) -> tuple[str, list[bytes]]:
@@ -29,7 +30,7 @@ def outputs(path: Path) -> tuple[str, list[bytes]]:
 
 
 def test_every_move_leaves_its_notebook(tmp_path: Path) -> None:
-    """Start, advance, promote by the loop's own look: three notebooks with figures, named in audit and message, hashed in the audit."""
+    """Start, advance, promote by the loop's own look, then roll back by hand: notebooks with figures, named in audit and message, hashed in the audit."""
     workspace, old, new = release_pair(tmp_path / "w", bias=1.5, **QUICK)
     said: list[str] = []
     with serve(workspace) as server:
@@ -44,6 +45,7 @@ def test_every_move_leaves_its_notebook(tmp_path: Path) -> None:
             if kind == "promote" or not kind:
                 break
             wait_until(lambda: in_force(traffic, split(workspace)), 10, "the split")
+        assert main(["rollback", "-m", "a wish", "--bar", "-w", str(workspace.root)]) == 0
     ledger = Ledger(workspace.ledger_url)
     wait_until(lambda: not missing_records(workspace), 90, "the notebooks")
     found = {d.verdict: d for d in ledger.decisions(kind="rollout")}
@@ -58,6 +60,13 @@ def test_every_move_leaves_its_notebook(tmp_path: Path) -> None:
     assert len(pictures) == 2  # the confidence sequence and the split
     assert "better: accuracy +" in text and "fine" in text and "controller" in text
     assert not outputs(Path(found["started"].record_path or ""))[1]
+    [back] = ledger.decisions(kind="rollback")
+    assert written[back.id].verdict == "written"
+    text, pictures = outputs(Path(back.record_path or ""))
+    assert f"{new} was replaced by {old} by" in text and "barred" in text and len(pictures) == 1
+    rows = dict(re.findall(r"(?m)^(flights-r\d) +([\d,]+) ", text))
+    assert set(rows) == {old, new}
+    assert sum(int(count.replace(",", "")) for count in rows.values()) == traffic.asked
     bodies = [message.body for message in ledger.messages()]
     assert any(body.endswith("why: runs/rollouts/rollout-1/03_promoted.ipynb") for body in bodies)
     assert ledger.verify().ok

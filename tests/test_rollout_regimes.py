@@ -13,8 +13,8 @@ from test_rollout_records import outputs
 
 from mlops_workbench.cli.main import main
 from mlops_workbench.core.ledger import DecisionRow, Ledger
+from mlops_workbench.pipeline.decision_record import write_records
 from mlops_workbench.pipeline.loop import rehearse_due
-from mlops_workbench.pipeline.rollout_record import write_records
 from mlops_workbench.release.deployment import deploy, rollback_target
 from mlops_workbench.release.regime_watch import tend_regimes
 from mlops_workbench.release.regimes import (

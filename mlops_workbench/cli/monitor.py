@@ -50,9 +50,11 @@ def carry_out(workspace: Workspace) -> OnAction:
     def act(asked: RequestedAction) -> bool:
         if asked.action != "rollback":
             return False
+        from mlops_workbench.pipeline.decision_record import start_writer
         from mlops_workbench.release.deployment import rollback
 
         rollback(workspace, actor="monitor", reason=f"{asked.rule}: {asked.reason}", bar=True)
+        start_writer(workspace)
         return True
 
     return act

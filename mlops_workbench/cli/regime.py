@@ -155,7 +155,7 @@ def switch(
     Example: mwb release switch double-11
     """
     from mlops_workbench.pipeline.deploy import wait_for_release
-    from mlops_workbench.pipeline.rollout_record import start_writer
+    from mlops_workbench.pipeline.decision_record import start_writer
     from mlops_workbench.release import regimes
 
     opened = Workspace.open(workspace)

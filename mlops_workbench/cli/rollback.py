@@ -33,6 +33,7 @@ def rollback(to: str | None, reason: str, bar: bool, workspace: Path | None) -> 
     import time
 
     from mlops_workbench.data.defaults import withdrawn_versions
+    from mlops_workbench.pipeline.decision_record import start_writer
     from mlops_workbench.pipeline.deploy import wait_for_release
     from mlops_workbench.release import deployment
 
@@ -41,6 +42,7 @@ def rollback(to: str | None, reason: str, bar: bool, workspace: Path | None) -> 
     known = withdrawn_versions(opened)
     start = time.monotonic()
     change = deployment.rollback(opened, to, actor=getpass.getuser(), reason=reason, bar=bar)
+    start_writer(opened)
     again = "serves again" if server.ours else "is the champion again"
     click.echo(f"{change.name} ({change.data_version}) {again} in place of {change.previous}")
     if gone := sorted(withdrawn_versions(opened) - known):

@@ -59,7 +59,7 @@ def start(name: str, steps: str, reason: str, force: bool, workspace: Path | Non
     Example: mwb release start flights-r2 --steps shadow,5,25,50
     """
     from mlops_workbench.core.assignment import share_words
-    from mlops_workbench.pipeline.rollout_record import start_writer
+    from mlops_workbench.pipeline.decision_record import start_writer
     from mlops_workbench.release.rollouts import start_rollout
 
     opened = Workspace.open(workspace)
@@ -186,7 +186,7 @@ def _by_hand(workspace: Path | None, verb: str, reason: str, **more: Any) -> Non
     """One move of a person."""
     from mlops_workbench.core.ledger import Ledger
     from mlops_workbench.pipeline.deploy import follow_in_registry
-    from mlops_workbench.pipeline.rollout_record import start_writer
+    from mlops_workbench.pipeline.decision_record import start_writer
     from mlops_workbench.release import rollouts
 
     opened = Workspace.open(workspace)
@@ -250,18 +250,18 @@ def record(decision: int, workspace: Path | None) -> int:
 
     Example: mwb release record 42
     """
-    from mlops_workbench.pipeline import rollout_record
+    from mlops_workbench.pipeline import decision_record
 
     opened = Workspace.open(workspace)
     if decision:
-        chosen = rollout_record.find_decision(opened, decision)
-        done = {decision: rollout_record.write_record(opened, chosen)}
+        chosen = decision_record.find_decision(opened, decision)
+        done = {decision: decision_record.write_record(opened, chosen)}
     else:
-        done = rollout_record.write_records(opened)
+        done = decision_record.write_records(opened)
     for number, problem in done.items():
         click.echo(f"decision {number}: {problem or 'written'}")
     if not done:
-        click.echo("every decision on a rollout has its notebook")
+        click.echo("every decision on a rollout, a switch or a roll-back has its notebook")
     return 1 if any(done.values()) else 0
 
 # %% ../../nbs/cli/20_rollout.ipynb #b11c9edf

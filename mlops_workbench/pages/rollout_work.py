@@ -28,7 +28,7 @@ DONE = {
 
 def move_rollout(workspace: Workspace, asked: Mapping[str, str]) -> str:
     """Make the move of a request and return a sentence; UsageError where it is not allowed, ConflictError where the rollout moved meanwhile."""
-    from mlops_workbench.pipeline.rollout_record import start_writer
+    from mlops_workbench.pipeline.decision_record import start_writer
     from mlops_workbench.release import approvals, rollouts
 
     verb, reason = asked["verb"], asked["reason"].strip()

@@ -19,7 +19,7 @@ from ..core.ledger import Ledger
 from ..core.workspace import Workspace
 from ..experiment.runs import show_run
 from .replayed_rollout import Course
-from .rollout_record import missing_records
+from .decision_record import missing_records
 from ..data.defaults import data_slot
 
 # %% auto #0

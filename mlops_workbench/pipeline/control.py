@@ -31,6 +31,7 @@ from ..core.ledger import Ledger
 from ..core.settings import read_steps
 from ..core.workspace import Workspace
 from .data_rollback import rollback_data
+from .decision_record import start_writer
 from .deploy import follow_in_registry
 from ..release import regimes, rollouts
 from ..release.approvals import approve_release
@@ -205,11 +206,15 @@ def _add_views(app: FastAPI, workspace: Workspace) -> None:
 def _add_moves(app: FastAPI, workspace: Workspace) -> None:
     """Routes that change which release serves, and which data version is the default."""
 
+    def told(done: Any) -> dict[str, Any]:
+        start_writer(workspace)
+        return asdict(done)
+
     def moved(verb: Callable[..., object], who: Holder, reason: str, **more: Any) -> dict[str, Any]:
         ledger = Ledger(workspace.ledger_url)
         found = rollouts.the_rollout(ledger)
         verb(workspace, found, actor=who.name, reason=reason, **more)
-        return asdict(next(row for row in ledger.rollouts() if row.name == found.name))
+        return told(next(row for row in ledger.rollouts() if row.name == found.name))
 
     @app.post("/api/rollout")
     def start(body: StartBody, who: Deployer) -> dict[str, Any]:
@@ -218,7 +223,7 @@ def _add_moves(app: FastAPI, workspace: Workspace) -> None:
             shares = read_steps(body.steps)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        return asdict(
+        return told(
             rollouts.start_rollout(
                 workspace, body.release, actor=who.name, shares=shares, reason=body.reason
             )
@@ -249,19 +254,19 @@ def _add_moves(app: FastAPI, workspace: Workspace) -> None:
     @app.post("/api/switch")
     def switch(body: SwitchBody, who: Operator) -> dict[str, Any]:
         """Let the special of a regime serve at once."""
-        return asdict(regimes.switch(workspace, body.regime, actor=who.name, reason=body.reason))
+        return told(regimes.switch(workspace, body.regime, actor=who.name, reason=body.reason))
 
     @app.post("/api/switch/back")
     def switch_back(body: Body, who: Operator) -> dict[str, Any]:
         """Let the ordinary release serve again."""
-        return asdict(regimes.switch_back(workspace, actor=who.name, reason=body.reason))
+        return told(regimes.switch_back(workspace, actor=who.name, reason=body.reason))
 
     @app.post("/api/rollback")
     def roll_back(body: RollbackBody, who: Operator, later: BackgroundTasks) -> dict[str, Any]:
         """Go back to an earlier release, data and model together."""
         change = rollback(workspace, body.to, actor=who.name, reason=body.reason, bar=body.bar)
         later.add_task(follow_in_registry, workspace, change.digest)
-        return asdict(change)
+        return told(change)
 
     @app.post("/api/releases/{name}/approve")
     def approve(name: str, body: Body, who: Deployer) -> dict[str, str]:

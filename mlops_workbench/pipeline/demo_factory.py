@@ -24,7 +24,7 @@ from .manifest import Manifest, read_manifest
 from .receiver import Receiver
 from .replay_clock import ReplayClock
 from .replayed_rollout import Course, Pace, drive_rollout
-from .rollout_record import missing_records
+from .decision_record import missing_records
 from .runner import CycleResult, Progress, run_stages
 from .traffic import Replay, replay_rows, send_labels
 from ..recipes.protocol import Recipe, load_recipe

@@ -18,7 +18,7 @@ from ..data.versions import DataStore
 from ..experiment.owner import this_process
 from ..monitoring.prediction_store import read_window
 from .deploy import follow_in_registry
-from .rollout_record import missing_records, start_writer
+from .decision_record import missing_records, start_writer
 from .runner import CycleResult, run_stages
 from ..recipes.protocol import load_recipe
 from ..release.deployment import write_projection

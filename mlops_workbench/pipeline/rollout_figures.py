@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from ..core.bundle import read_manifest
 from ..core.ledger import DecisionRow, Ledger
 from ..core.workspace import Workspace
 from ..monitoring.prediction_store import read_window
 from .figures import BLUE, GREY, ORANGE, new_figure
-from .rollout_record import RolloutDecision
+from .decision_record import RolloutDecision
 from ..release.rollout_evidence import release_schema, row_values
 from ..release.rollout_judge import FAILED_ROWS, LATENCY_ROWS
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['finite', 'decision_table', 'way_table', 'known_looks', 'time_unit', 'sequence_figure', 'split_figure', 'guard_rails',
-           'guard_table', 'sides_table', 'switch_figure', 'report_table']
+           'guard_table', 'sides_table', 'quality_figure', 'report_table', 'traffic_table', 'exchange_table']
 
 # %% ../../nbs/pipeline/49_rollout_figures.ipynb #2391b786
 def finite(value: Any) -> float:
@@ -193,16 +195,17 @@ def sides_table(record: RolloutDecision) -> pd.DataFrame:
         }
     return pd.DataFrame(rows)
 
-# %% ../../nbs/pipeline/49_rollout_figures.ipynb #e67dd859
-def switch_figure(
+# %% ../../nbs/pipeline/49_rollout_figures.ipynb #70708c84
+def quality_figure(
     workspace: Workspace, decision: DecisionRow, minutes: float = 30.0, bins: int = 24
 ) -> Figure | None:
-    """Mean quality of the labelled answers up to a switch, by release, in equal parts of the time; None without labels."""
+    """Mean quality of the labelled answers up to a decision, by release, in equal parts of the time; None without labels."""
     until = datetime.fromisoformat(decision.at).timestamp()
     rows = read_window(workspace.predictions, until - 60 * minutes, until).labelled
-    if rows.empty:
+    ledger, digest = Ledger(workspace.ledger_url), decision.evidence["digest"]
+    if rows.empty or read_manifest(Path(ledger.release(digest).path)).kind != "onnx":
         return None
-    schema = release_schema(Ledger(workspace.ledger_url), decision.evidence["digest"])
+    schema = release_schema(ledger, digest)
     rows = rows[rows["label"].isin(list(schema.classes))]
     metric = workspace.settings.rollout.metric
     seconds = rows["time"] - until
@@ -234,3 +237,37 @@ def report_table(decision: DecisionRow) -> pd.DataFrame:
         if decision.evidence.get(name)
     }
     return pd.DataFrame({"": list(found.values())}, index=list(found))
+
+# %% ../../nbs/pipeline/49_rollout_figures.ipynb #92aa5d90
+def traffic_table(
+    workspace: Workspace, decision: DecisionRow, minutes: float = 30.0
+) -> pd.DataFrame:
+    """Rows that each release answered up to a decision, with latency in ms, labels so far and failures; one line a release."""
+    until = datetime.fromisoformat(decision.at).timestamp()
+    window = read_window(workspace.predictions, until - 60 * minutes, until)
+    failed = window.errors[window.errors["status"] >= 500]
+    lines = {}
+    for (name, digest), rows in window.predictions.groupby(["name", "release"]):
+        waited = rows.groupby("request")["latency_ms"].max().quantile([0.5, 0.99])
+        lines[str(name)] = {
+            "rows": f"{len(rows):,}",
+            "latency p50": f"{waited[0.5]:.1f} ms",
+            "latency p99": f"{waited[0.99]:.1f} ms",
+            "with label": f"{int(rows['label'].notna().sum()):,}",
+            "failed": f"{int((failed['release'] == digest).sum()):,}",
+        }
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def exchange_table(workspace: Workspace, decision: DecisionRow) -> pd.DataFrame:
+    """The release that went and the one that serves again: data version, state, the gates' measurements."""
+    ledger, columns = Ledger(workspace.ledger_url), {}
+    gates = {d.subject: d.evidence for d in reversed(ledger.decisions(100_000, "gate"))}
+    for side, digest in (("gone", "from_digest"), ("serves again", "digest")):
+        row = ledger.release(decision.evidence[digest])
+        measured = {
+            str(found["name"]): f"{finite(found['value']):.4g} {found['unit']}".strip()
+            for found in gates.get(row.name, {}).get("results", [])
+        }
+        columns[f"{row.name} ({side})"] = {"data": row.data_version, "now": row.status, **measured}
+    return pd.DataFrame(columns).fillna("")

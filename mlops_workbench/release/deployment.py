@@ -30,7 +30,7 @@ from ..data.defaults import data_slot, record_default
 from .approvals import check_four_eyes
 
 # %% auto #0
-__all__ = ['CHAMPION', 'CHALLENGER', 'SPECIAL', 'SHADOW', 'Change', 'record_release', 'record_link', 'link_words',
+__all__ = ['CHAMPION', 'CHALLENGER', 'SPECIAL', 'SHADOW', 'Change', 'record_release', 'record_file', 'record_link', 'link_words',
            'serving_regime', 'write_projection', 'next_release_name', 'deploy', 'former_champions', 'rollback_target',
            'rollback', 'clear_release']
 
@@ -90,7 +90,17 @@ def record_release(
                 key=f"refused-{manifest.digest}",
             )
 
-# %% ../../nbs/release/03_deployment.ipynb #8663c584
+# %% ../../nbs/release/03_deployment.ipynb #45fe203c
+def record_file(
+    workspace: Workspace,
+    about: str,  # the rollout, "regimes", "rollbacks"
+    number: int,  # of the decision within the rollout, else the fencing epoch that it began
+    verdict: str,
+) -> Path:
+    """The executed notebook of a decision outside the stages, there a few seconds after it."""
+    return workspace.runs / "rollouts" / about / f"{number:02}_{verdict}.ipynb"
+
+
 def record_link(workspace: Workspace, path: Path | str) -> str:
     """The notebook as a message names it: its address where the settings tell one, else its file."""
     place = Path(path)
@@ -298,7 +308,8 @@ def rollback(
     reason: str,
     bar: bool = False,  # bar the current release until a person clears it
     cycle: str | None = None,
-    record_path: str | None = None,
+    record_path: str
+    | None = None,  # the executed notebook of a stage; without it one is written afterwards
 ) -> Change:
     """Go back to an earlier release, data and model together, in one ledger decision; return the change."""
     ledger = Ledger(workspace.ledger_url)
@@ -311,15 +322,18 @@ def rollback(
     current = ledger.release(slot.digest)
     data = ledger.slot(data_slot(target.data_version))
     rollout = ledger.open_rollout()
+    path = record_path or str(record_file(workspace, "rollbacks", slot.epoch + 1, "rolled-back"))
     evidence = {
         "digest": target.digest,
         "from": current.name,
+        "from_digest": current.digest,
+        "epoch": slot.epoch + 1,
         "data_version": target.data_version,
         "barred": bar,
     }
     with ledger.decision(
         "rollback", actor=actor, subject=target.name, verdict="rolled back",
-        reason=reason, evidence=evidence, cycle=cycle, record_path=record_path,
+        reason=reason, evidence=evidence, cycle=cycle, record_path=path,
     ) as change:  # fmt: skip
         epoch = change.set_slot(CHAMPION, target.digest, slot.epoch)
         if rollout is not None:
@@ -337,7 +351,7 @@ def rollback(
             f"{current.name} ({current.data_version}) was replaced by {target.name} ({target.data_version}), "
             f"data and model together: {reason}"
             + ("; it is barred until a person clears it" if bar else "")
-            + link_words(workspace, record_path),
+            + link_words(workspace, path),
             severity="critical",
             key=f"rollback-{current.digest}-{epoch}",
         )

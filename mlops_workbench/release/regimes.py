@@ -26,12 +26,12 @@ from .approvals import check_four_eyes
 from mlops_workbench.release.deployment import (
     CHAMPION,
     SPECIAL,
+    record_file,
     serving_regime,
     record_link,
     write_projection,
 )
 from .rollout_evidence import release_schema, row_values
-from .rollouts import record_file
 
 # %% auto #0
 __all__ = ['QUALITY', 'RATE', 'DETECTOR', 'By', 'Detector', 'read_detector', 'Regime', 'register_regime', 'withdraw_regime',

@@ -22,23 +22,13 @@ from ..core.ledger import Ledger, RolloutRow
 from ..core.workspace import Workspace
 from .approvals import check_four_eyes
 from ..data.defaults import data_slot, record_default
-from .deployment import CHAMPION, record_link, write_projection
+from .deployment import CHAMPION, record_file, record_link, write_projection
 
 # %% auto #0
-__all__ = ['record_file', 'start_rollout', 'check_comparable', 'the_rollout', 'advance_rollout', 'pause_rollout',
-           'resume_rollout', 'abort_rollout', 'promote_rollout']
+__all__ = ['start_rollout', 'check_comparable', 'the_rollout', 'advance_rollout', 'pause_rollout', 'resume_rollout',
+           'abort_rollout', 'promote_rollout']
 
-# %% ../../nbs/release/17_rollouts.ipynb #dd286846
-def record_file(
-    workspace: Workspace,
-    rollout: str,
-    number: int,  # of the decision within the rollout, from 1
-    verdict: str,
-) -> Path:
-    """The executed notebook of a decision on a rollout, there a few seconds after it."""
-    return workspace.runs / "rollouts" / rollout / f"{number:02}_{verdict}.ipynb"
-
-
+# %% ../../nbs/release/17_rollouts.ipynb #24c24248
 @contextmanager
 def _decision(
     workspace: Workspace,
