@@ -13,7 +13,7 @@ from mlops_workbench.core.assignment import choose_arm
 from mlops_workbench.release.arms import Arm, measure_arm
 from mlops_workbench.release.comparison_plan import Design, rows_needed
 from mlops_workbench.release.confidence_sequence import BURN_IN_EVENTS, difference_sequence
-from mlops_workbench.release.group_sequential import spending_bounds
+from mlops_workbench.release.group_sequential import PLANNED_LOOKS, planned_bounds
 from mlops_workbench.release.rare_events import PRIOR_WEIGHT, log_wealth, share_sequence
 from mlops_workbench.release.sample_ratio import ALPHA as RATIO_ALPHA
 from mlops_workbench.release.sample_ratio import PRIOR_WEIGHT as RATIO_WEIGHT
@@ -282,20 +282,28 @@ def test_planned_power_of_80_percent_is_77_to_83(old: float, effect: float, shar
 
 
 def crossed(design: Design, rows: int, old: float, effect: float, comparisons: int) -> float:
-    """Share of the comparisons of a planned length in which |z| at one of 40 looks is beyond its spending bound."""
-    generator, looks = np.random.default_rng(9), 40
-    bounds = spending_bounds(list(np.linspace(1 / looks, 1, looks)), design.alpha)
-    each = [round(rows / looks * part) for part in (1 - design.share_new, design.share_new)]
-    seen = np.outer(np.arange(1, looks + 1), each)  # [looks, 2]: rows of the old and the new arm
+    """Share of the comparisons of a planned length that say better or worse at one of the planned looks."""
+    generator = np.random.default_rng(9)
+    each = [round(rows / PLANNED_LOOKS * part) for part in (1 - design.share_new, design.share_new)]
+    seen = np.outer(np.arange(1, PLANNED_LOOKS + 1), each)  # [looks, 2]: rows of each arm
     rates = np.array([old, old + effect])
-    hits = generator.binomial(each, rates, (comparisons, looks, 2)).cumsum(axis=1)
-    pooled = hits.sum(axis=2) / seen.sum(
-        axis=1
-    )  # under "both are equal": the usual z of two shares
+    hits = generator.binomial(each, rates, (comparisons, PLANNED_LOOKS, 2)).cumsum(axis=1)
+    known = (np.minimum(hits, seen - hits) >= BURN_IN_EVENTS).all(axis=2)
+    means = hits / seen
+    deviation = np.sqrt((means * (1 - means) / (seen - 1)).sum(axis=2))
     with np.errstate(divide="ignore", invalid="ignore"):
-        deviation = np.sqrt(pooled * (1 - pooled) * (1 / seen).sum(axis=1))
-        z = np.diff(hits / seen, axis=2)[..., 0] / deviation
-    return float((np.abs(z) > bounds).any(axis=1).mean())
+        z = np.diff(means, axis=2)[..., 0] / deviation
+    beyond = known & (np.abs(z) > np.array(planned_bounds(design.alpha)))
+    # the figures above are those of the product, look by look
+    metric, chosen = Metric("rate", design.effect, binary=True), generator.integers(comparisons)
+    for look in range(1, PLANNED_LOOKS + 1, 3):
+        arms = [
+            binary_arm(float(hits[chosen, look - 1, side]), float(seen[look - 1, side]))
+            for side in (0, 1)
+        ]
+        word = judge(metric, *arms, share_new=design.share_new, alpha=design.alpha, look=look).word
+        assert (word in ("better", "worse")) == beyond[chosen, look - 1]
+    return float(beyond.any(axis=1).mean())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from monitoring_support import write_log
-from rollout_support import decisions, release_pair
+from rollout_support import decisions, release_pair, replace_setting
 from serving_support import ROW
 
 from mlops_workbench.core.ledger import Ledger
@@ -129,3 +129,28 @@ def test_equal_releases_are_called_equivalent_and_the_new_one_serves(tmp_path: P
     )
     interval = looked[1].verdict.interval
     assert -0.05 < interval.low < 0 < interval.high < 0.05
+
+
+def test_a_planned_end_decides_by_fewer_rows_and_not_between_its_looks(tmp_path: Path) -> None:
+    """6 points better: 3,000 planned rows say so, an open end does not yet; rows after a look change nothing until the next."""
+    planned = running(tmp_path, planned_rows=3000)
+    records = answered(planned, 3_000, hours=2)
+    labelled(planned, records[:2_940], 0.30, 0.24, "first")
+    before = evidence(planned, 3.0)
+    labelled(planned, records[2_940:2_990], 0.30, 1.0, "between")  # wrong by the new one
+    between = evidence(planned, 3.0)
+    assert before.verdict == between.verdict and not before.verdict.over
+    assert between.new.labelled.rows > before.new.labelled.rows
+    labelled(planned, records[2_990:], 0.30, 0.24, "last")
+    assert evidence(planned, 3.0).verdict.word == "better"
+    text = planned.root.joinpath("settings.ini").read_text()
+    planned.root.joinpath("settings.ini").write_text(replace_setting(text, "planned_rows", 0))
+    assert evidence(Workspace.open(planned.root), 3.0).verdict.word == "not yet"
+
+
+def test_a_planned_end_without_a_word_keeps_the_former_release(tmp_path: Path) -> None:
+    workspace = running(tmp_path, planned_rows=2000, margin=0.01)
+    labelled(workspace, answered(workspace, 2_100, hours=2), 0.3, 0.3, "all")
+    looked = tend_rollout(workspace, actor="test", moment=time.time() + 3 * HOUR)
+    assert looked is not None and looked[2].kind == "abort" and not looked[2].bar
+    assert "by the planned 2,000 labelled rows: accuracy" in looked[2].reason

@@ -320,7 +320,7 @@ def plan(
         effect=wanted,
         deviation=(rate * (1 - rate)) ** 0.5,
         share_new=share / 100,
-        alpha=settings.alpha,
+        alpha=settings.alpha / max(1, len(settings.shares)),  # each step is a comparison
         binary=True,
         power=power,
     )
@@ -341,7 +341,9 @@ def plan(
     click.echo(
         f"{rows:,} labelled rows of both sides find a difference of {wanted:g} with {power:.0%} chance, looking at any time"
     )
-    click.echo(f"{planned:,} would do if the end were fixed beforehand")
+    click.echo(
+        f"{planned:,} would do with a fixed end: `planned_rows = {planned}` in section [rollout] of settings.ini"
+    )
     if hours is not None:
         click.echo(f"at {per_hour:,.0f} labelled rows an hour that is {hours:,.1f} hours")
 

@@ -20,9 +20,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .errors import NotAWorkspaceError, SettingsError, shorten
 
@@ -117,6 +124,7 @@ class RolloutSettings(SettingsSection):
     metric: Literal["accuracy", "brier", "log_loss"] = "accuracy"
     margin: float = Field(default=0.02, gt=0)
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
+    planned_rows: int = Field(default=0, ge=0)
     label_delay_minutes: float = Field(default=0.0, ge=0)
     latency_p99_ms: float = Field(default=100.0, gt=0)
     failed_share: float = Field(default=0.001, ge=0, lt=1)
@@ -124,6 +132,15 @@ class RolloutSettings(SettingsSection):
     covariate: str = ""
     record_url: str = ""
     drill_days: float = Field(default=7.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_plan(self) -> Self:
+        if 0 < self.planned_rows < 2 * self.minimum_rows:
+            raise ValueError(
+                f"expected planned_rows = 0 (an open end) or at least twice minimum_rows ({2 * self.minimum_rows}), "
+                f"found {self.planned_rows}; `mwb release plan` tells how many find a difference"
+            )
+        return self
 
     @field_validator("steps")
     @classmethod

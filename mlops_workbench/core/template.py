@@ -65,6 +65,7 @@ minimum_rows = 500                    ; labelled rows of each side before a good
 metric = accuracy                     ; what decides, row by row: accuracy, brier or log_loss
 margin = 0.02                         ; the smallest difference that matters
 alpha = 0.05                          ; chance of a false word over the whole rollout, however often it is looked at
+planned_rows = 0                       ; labelled rows that end the last step (`mwb release plan`); 0: an open end
 label_delay_minutes = 0               ; younger answers are left out, so that late labels do not bias the words
 latency_p99_ms = 100                  ; a slower new release goes back
 failed_share = 0.001                  ; a new release that fails on more rows than that goes back

@@ -15,7 +15,11 @@ from scipy.optimize import brentq
 
 from ..core.errors import UsageError
 from .confidence_sequence import sequence_reach
-from .group_sequential import crossing_probabilities, spending_bounds
+from mlops_workbench.release.group_sequential import (
+    PLANNED_LOOKS,
+    crossing_probabilities,
+    planned_bounds,
+)
 from .verdict import normal_alpha
 
 # %% ../../nbs/release/16_comparison_plan.ipynb #6bc5f1d6
@@ -62,12 +66,11 @@ def decided_by(
     *,
     planned: bool = False,  # the end is planned: spending bounds instead of the sequence that never ends
 ) -> NDArray[np.float64]:
-    """Probability to have found the effect by each of `LOOKS` looks up to this many rows, [looks]."""
+    """Probability to have found the effect by each of `LOOKS` (with a planned end `PLANNED_LOOKS`) looks up to this many rows, [looks]."""
     last = design.information(rows)
     if planned:
-        shares = np.linspace(1 / 40, 1.0, 40)
-        walls = spending_bounds(list(shares), design.alpha) * np.sqrt(shares * last)
-        times = shares * last
+        times = np.linspace(1 / PLANNED_LOOKS, 1.0, PLANNED_LOOKS) * last
+        walls = np.array(planned_bounds(design.alpha)) * np.sqrt(times)
     else:
         times = np.geomspace(last / 100, last, LOOKS)
         level = normal_alpha(design.alpha, design.binary)

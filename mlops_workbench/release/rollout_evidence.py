@@ -29,6 +29,7 @@ from ..monitoring.prediction_store import read_shadow, read_window
 from .arms import Arm, measure_arm, remove_covariate
 from .confidence_sequence import past_burn_in
 from .deployment import CHALLENGER
+from .group_sequential import PLANNED_LOOKS
 from .paired import judge_pairs
 from .sample_ratio import RatioCheck, check_ratio
 from .verdict import Metric, Verdict, judge
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['BELIEF', 'Side', 'CopyFigures', 'Evidence', 'row_values', 'release_schema', 'ripe_rows', 'since_both',
-           'read_evidence', 'failed_rows', 'adjusted_arms', 'row_covariate', 'beliefs']
+           'read_evidence', 'planned_part', 'failed_rows', 'adjusted_arms', 'row_covariate', 'beliefs']
 
 # %% ../../nbs/release/17_rollout_evidence.ipynb #30d953e4
 @dataclass(frozen=True)
@@ -181,6 +182,12 @@ class _Step:
         return Metric(name, self.settings.margin, higher_is_better=is_accuracy, binary=is_accuracy)
 
     @property
+    def planned(self) -> bool:
+        """Whether this step ends after a planned number of labelled rows."""
+        last = self.rollout.step + 1 >= len(self.rollout.steps)
+        return last and self.settings.planned_rows > 0
+
+    @property
     def alpha(self) -> float:
         """The part of the level that one step has: every step is a comparison of its own."""
         return self.settings.alpha / len(self.rollout.steps)
@@ -204,6 +211,18 @@ def read_evidence(
     found = _read_copy(step) if rollout.shadow else _read_split(step)
     return replace(found, minutes=(moment - since) / 60, hours=(moment - begun) / 3600)
 
+# %% ../../nbs/release/17_rollout_evidence.ipynb #d304fe50
+def planned_part(
+    parts: list[pd.DataFrame],  # labelled rows of the old and the new release, with their time
+    planned: int,  # labelled rows of both at the end
+) -> tuple[list[pd.DataFrame], int]:
+    """The rows of the last look that is due, and its number (0 to PLANNED_LOOKS)."""
+    times = np.sort(np.concatenate([part["time"].to_numpy(dtype=np.float64) for part in parts]))
+    look = min(PLANNED_LOOKS, len(times) * PLANNED_LOOKS // planned)
+    rows = math.ceil(planned * look / PLANNED_LOOKS)
+    end = times[rows - 1] if rows else -math.inf
+    return [part[part["time"] <= end] for part in parts], look
+
 # %% ../../nbs/release/17_rollout_evidence.ipynb #b3e3bfcf
 def failed_rows(errors: pd.DataFrame, digest: str, name: str) -> int:
     """The rows that the champion answered because this release in the challenger's slot failed."""
@@ -218,13 +237,13 @@ def _read_split(step: _Step) -> Evidence:
     rollout, ledger = step.rollout, Ledger(step.workspace.ledger_url)
     window = read_window(step.workspace.predictions, step.since, step.until)
     rows = since_both(window.predictions, rollout.candidate)
-    sides, ripe, values, names = [], [], [], []
-    for digest in (rollout.champion, rollout.candidate):
-        mine, schema = rows[rows["release"] == digest], release_schema(ledger, digest)
+    sides, ripe = [], []
+    schemas = [release_schema(ledger, digest) for digest in (rollout.champion, rollout.candidate)]
+    for digest, schema in zip((rollout.champion, rollout.candidate), schemas, strict=True):
+        mine = rows[rows["release"] == digest]
         ripe.append(ripe_rows(mine, schema.classes, step.ripe))
-        values.append(step.values(ripe[-1], schema))
-        names.append(_entities(ripe[-1], schema).to_numpy())
-        arm, entities = measure_arm(values[-1], names[-1]), int(_entities(mine, schema).nunique())
+        arm = measure_arm(step.values(ripe[-1], schema), _entities(ripe[-1], schema).to_numpy())
+        entities = int(_entities(mine, schema).nunique())
         sides.append(
             Side(ledger.release(digest).name, len(mine), entities, arm, _p99(mine, "latency_ms"))
         )
@@ -234,14 +253,29 @@ def _read_split(step: _Step) -> Evidence:
     if new.entities:  # before its first answer it may still be loading
         shares = {"old": 1 - rollout.share, "new": rollout.share}
         ratio = check_ratio({"old": old.entities, "new": new.entities}, shares)
-    arms, words = (old.labelled, new.labelled), ""
-    if step.settings.covariate and all(past_burn_in(arm, step.metric.binary) for arm in arms):
-        known = [row_covariate(step, part) for part in ripe]
-        arms, words = adjusted_arms(values, known, names, step.settings.covariate)
-    verdict = judge(
-        step.metric, *arms, share_new=rollout.share, alpha=step.alpha, ratio=ratio, least_rows=step.settings.minimum_rows
-    )  # fmt: skip
+    verdict, words = _split_verdict(step, ripe, schemas, ratio)
     return Evidence(old, new, failed, ratio, verdict, 0.0, 0.0, covariate=words)
+
+
+def _split_verdict(
+    step: _Step, ripe: list[pd.DataFrame], schemas: list[FeatureSchema], ratio: RatioCheck | None
+) -> tuple[Verdict, str]:
+    """The word on the labelled rows of the old and the new release, and what a covariate did to it."""
+    look, words = None, ""
+    if step.planned:
+        ripe, look = planned_part(ripe, step.settings.planned_rows)
+    both = list(zip(ripe, schemas, strict=True))
+    values = [step.values(rows, schema) for rows, schema in both]
+    names = [_entities(rows, schema).to_numpy() for rows, schema in both]
+    old, new = (measure_arm(each, who) for each, who in zip(values, names, strict=True))
+    if step.settings.covariate and all(past_burn_in(arm, step.metric.binary) for arm in (old, new)):
+        known = [row_covariate(step, part) for part in ripe]
+        (old, new), words = adjusted_arms(values, known, names, step.settings.covariate)
+    verdict = judge(
+        step.metric, old, new, share_new=step.rollout.share, alpha=step.alpha, ratio=ratio,
+        least_rows=step.settings.minimum_rows, look=look,
+    )  # fmt: skip
+    return verdict, words
 
 # %% ../../nbs/release/17_rollout_evidence.ipynb #2ec7ed96
 BELIEF = "belief"  # the covariate that every recipe has: how sure the former release is

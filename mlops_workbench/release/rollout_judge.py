@@ -86,6 +86,11 @@ def next_move(rollout: RolloutRow, found: Evidence, settings: RolloutSettings) -
             return Move(
                 "advance", f"not worse at {share_words(rollout.share)}: {found.verdict.reason}"
             )
+    if last and found.verdict.over and found.minutes >= settings.minimum_minutes:
+        return Move(
+            "abort",
+            f"not shown to be better or equivalent by the planned {settings.planned_rows:,} labelled rows: {found.verdict.reason}",
+        )
     if found.hours >= settings.maximum_hours:
         return Move(
             "abort",
