@@ -23,6 +23,7 @@ from serving_support import (
 )
 
 from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.release.load import measure_load
 
 BODY = json.dumps({"row": ROW}).encode()
 HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -193,3 +194,9 @@ def test_a_refusal_does_not_wait_for_a_long_body(server: RunningServer) -> None:
     heads = asyncio.run(ask())
     assert len(heads) == 3 and all(b"connection: close" in head for head in heads)
     wait_until(lambda: server.client().post("/predict", {"row": ROW}).status == 200, 5, "calm")
+
+
+def test_the_load_proof_counts_who_is_turned_away_as_no_error(server: RunningServer) -> None:
+    """200 clients of the proof that is taken before a release: some are told to come again, and do."""
+    figures = measure_load(server.port, server.process.pid, [BODY], connections=200, seconds=1.5)
+    assert figures.errors == 0 and figures.refused > 0 and figures.requests > 100, figures.words

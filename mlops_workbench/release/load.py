@@ -21,7 +21,8 @@ from ..core.clock import iso, now
 from ..core.errors import ServingError
 
 # %% auto #0
-__all__ = ['Tally', 'Asker', 'body_length', 'request_bytes', 'closed_loop', 'LoadFigures', 'load_figures', 'measure_load']
+__all__ = ['RETRY_SECONDS', 'Tally', 'Asker', 'body_length', 'request_bytes', 'closed_loop', 'LoadFigures', 'load_figures',
+           'measure_load']
 
 # %% ../../nbs/release/01_load.ipynb #662af89b
 @dataclass
@@ -29,7 +30,13 @@ class Tally:
     """What the clients of one load saw."""
 
     seconds: list[float] = field(default_factory=list)  # of each answer
-    failures: list[str] = field(default_factory=list)  # answers that are no 200, lost connections
+    failures: list[str] = field(
+        default_factory=list
+    )  # answers that are neither 200 nor 429, lost connections
+    refused: int = 0  # told to come again (429)
+
+
+RETRY_SECONDS = 1.0  # what the server's Retry-After says
 
 
 class Asker(asyncio.Protocol):
@@ -67,10 +74,15 @@ class Asker(asyncio.Protocol):
         head, separator, body = self.received.partition(b"\r\n\r\n")
         if not separator or len(body) < body_length(head):
             return
+        answer, self.received = self.received, b""
+        if head.startswith(b"HTTP/1.1 429"):
+            self.tally.refused += 1
+            wait = max(0.0, min(RETRY_SECONDS, self.end - time.perf_counter()))
+            asyncio.get_running_loop().call_later(wait, self.ask)
+            return
         self.tally.seconds.append(time.perf_counter() - self.asked)
         if not head.startswith(b"HTTP/1.1 200"):
-            self.tally.failures.append(self.received[:300].decode("latin-1"))
-        self.received = b""
+            self.tally.failures.append(answer[:300].decode("latin-1"))
         self.ask()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -131,13 +143,17 @@ class LoadFigures:
     processor: str
     onnxruntime: str  # version
     measured_at: str  # ISO 8601, UTC
+    refused: int = (
+        0  # requests that were told to come again, as more came than it can answer; no errors
+    )
 
     @property
     def words(self) -> str:
         """The figures as a sentence."""
+        told = f", {self.refused} told to come again" if self.refused else ""
         return (
             f"{self.requests_per_second:,.0f} requests/s over {self.connections} connections, p50 {self.p50_ms:.2f} ms, "
-            f"p95 {self.p95_ms:.2f} ms, p99 {self.p99_ms:.2f} ms, {self.errors} errors, {self.memory_mb:.0f} MB; "
+            f"p95 {self.p95_ms:.2f} ms, p99 {self.p99_ms:.2f} ms, {self.errors} errors{told}, {self.memory_mb:.0f} MB; "
             f"{self.host}, {self.cores} cores, onnxruntime {self.onnxruntime}, {self.measured_at[:10]}"
         )
 
@@ -166,6 +182,7 @@ def load_figures(tally: Tally, connections: int, seconds: float, memory_bytes: i
         platform.machine(),
         version("onnxruntime"),
         iso(now()),
+        tally.refused,
     )
 
 # %% ../../nbs/release/01_load.ipynb #e51a7124
