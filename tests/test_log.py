@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from monitoring_support import killed_at
-from rollout_support import release_pair
+from rollout_support import add_release, release_pair
 from serving_support import (
     CARRIERS,
     ROW,
@@ -29,6 +29,7 @@ from serving_support import (
     wait_until,
 )
 
+from mlops_workbench.cli.main import main
 from mlops_workbench.core.errors import DataError
 from mlops_workbench.core.features import Feature, FeatureSchema
 from mlops_workbench.core.journal import JournalWriter
@@ -36,6 +37,7 @@ from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.settings import AlertRule, ServingSettings
 from mlops_workbench.core.workspace import Workspace
 from mlops_workbench.monitoring.alerts import AlertBook, evaluate_rules
+from mlops_workbench.monitoring.champion import read_champion
 from mlops_workbench.monitoring.drift import drift
 from mlops_workbench.monitoring.partitions import compact, drop_partitions, read_catalogue
 from mlops_workbench.monitoring.prediction_store import read_window
@@ -45,6 +47,7 @@ from mlops_workbench.monitoring.snapshot import build_tiles, measure_window
 from mlops_workbench.pipeline.prepare import labelled_requests
 from mlops_workbench.recipes.tabular import TabularRecipe
 from mlops_workbench.release import rollouts
+from mlops_workbench.release.deployment import deploy
 from mlops_workbench.serving.feedback import FeedbackItem
 from mlops_workbench.serving.requests import Question
 from mlops_workbench.serving.service import PredictionService
@@ -98,6 +101,27 @@ def test_nothing_of_a_private_value_is_found_anywhere(tmp_path: Path) -> None:
     for part in (plain_text(workspace.root), plain_text(tmp_path)):
         assert "somebody else" not in part
         assert not [secret for secret in SECRETS if secret in part]
+
+
+def test_a_roll_back_does_not_make_private_columns_public_again(tmp_path: Path) -> None:
+    """The recipe learned that a column is private; the release before it did not know, serves again, and keeps the secret."""
+    workspace, old, _ = release_pair(tmp_path / "w")
+    new = "flights-r3"
+    add_release(workspace, new, schema=DISCREET)
+    deploy(workspace, new, actor="test")
+    assert main(["rollback", "--to", old, "-w", str(workspace.root)]) == 0
+    who, airline, warm, _ = SECRETS
+    row = {**ROW, "flight_id": who, "carrier": airline, "temp": float(warm)}
+    with serving(tmp_path, "--workspace", str(workspace.root)) as server:
+        server.wait_ready()
+        answer = server.client().post("/predict", {"row": row})
+        assert answer.status == 200 and answer.body["release"] == old
+        assert server.stop() == 0
+    window = read_window(workspace.predictions, 0, time.time() + 1)
+    assert window.predictions["hour"].tolist() == [ROW["hour"]]
+    assert not [secret for secret in SECRETS if secret in plain_text(workspace.root)]
+    champion = read_champion(workspace)
+    assert champion is not None and champion.features.unlogged == ("temp", "carrier")
 
 
 def test_a_private_column_is_called_not_logged_and_nothing_breaks(tmp_path: Path) -> None:

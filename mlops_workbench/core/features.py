@@ -428,12 +428,14 @@ def encode_rows(
         arrays["image"] = _encode_images(feature, [row.get(feature.name) for row in rows])
     return arrays
 
-# %% ../../nbs/core/06_features.ipynb #80aa9240
-def private_columns(schemas: Iterable[FeatureSchema]) -> dict[str, Literal["hash", "drop"]]:
-    """What becomes of the private columns of releases that answer together; the stricter word counts."""
+# %% ../../nbs/core/06_features.ipynb #ccfc7df3
+def private_columns(
+    several: Iterable[Mapping[str, Literal["hash", "drop"]]],
+) -> dict[str, Literal["hash", "drop"]]:
+    """What becomes of the private columns where several have a say; the stricter word counts."""
     found: dict[str, Literal["hash", "drop"]] = {}
-    for schema in schemas:
-        for name, way in schema.private.items():
+    for private in several:
+        for name, way in private.items():
             found[name] = "drop" if "drop" in (way, found.get(name)) else "hash"
     return found
 

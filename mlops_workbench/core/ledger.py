@@ -229,11 +229,13 @@ class Ledger:
         with transaction(self._engine) as connection:
             return verify_tables(connection, known, expects_file=self.head_path is not None)
 
-    def releases(self, recipe: str | None = None) -> list[ReleaseRow]:
+    def releases(self, recipe: str | None = None, limit: int | None = None) -> list[ReleaseRow]:
         """The releases, newest first."""
         query = select(releases).order_by(releases.c.decision_id.desc(), releases.c.name)
         if recipe is not None:
             query = query.where(releases.c.recipe == recipe)
+        if limit is not None:
+            query = query.limit(limit)
         with transaction(self._engine) as connection:
             return [_release(row) for row in connection.execute(query)]
 

@@ -9,6 +9,7 @@ __all__ = ['FileState', 'SlotEntry', 'Pointer', 'read_pointer', 'write_pointer',
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -42,6 +43,8 @@ class Pointer(BaseModel):
     slots: dict[str, SlotEntry]  # "champion" always stands first
     split: dict[str, float]  # slot -> share of the traffic; the shares sum to 1
     salt: str = ""  # of the rollout: decides which entity falls into which share
+    # columns that the newest release calls private, and so do all that answer, also one that was built before
+    private: dict[str, Literal["hash", "drop"]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_slots(self) -> "Pointer":

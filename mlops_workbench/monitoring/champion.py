@@ -83,13 +83,13 @@ def _history(workspace: Workspace, digest: str) -> Mapping[str, Any]:
 def _features(pointer: Pointer, folder: Path, manifest: BundleManifest) -> FeatureSchema:
     """The champion's features; private is what any release that answers calls so."""
     own = FeatureSchema.model_validate(read_part(folder, manifest, "features.json"))
-    found = [own]
+    found = [own.private, pointer.private]
     for slot, entry in pointer.slots.items():
         if slot != "champion" and entry.digest != manifest.digest:
             with contextlib.suppress(WorkbenchError):  # one that cannot be read does not answer
                 other = Path(entry.path)
                 content = read_part(other, read_manifest(other), "features.json")
-                found.append(FeatureSchema.model_validate(content))
+                found.append(FeatureSchema.model_validate(content).private)
     names = {feature.name for feature in own.features} | {own.key, own.entity}
     private = {name: way for name, way in private_columns(found).items() if name in names}
     return own.model_copy(update={"private": {**private, **own.private}})

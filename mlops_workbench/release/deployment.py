@@ -5,11 +5,12 @@
 # %% ../../nbs/release/03_deployment.ipynb #015db2e2
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from ..core.clock import iso, now
@@ -20,19 +21,22 @@ from mlops_workbench.core.errors import (
     GateRefusedError,
     IntegrityError,
     ServingError,
+    WorkbenchError,
 )
+from ..core.features import FeatureSchema
 from ..core.files import file_lock
 from ..core.ledger import DecisionRow, Ledger, SlotRow
 from ..core.pointer import Pointer, SlotEntry, read_pointer, write_pointer
 from ..core.trust import check_trust
 from ..core.workspace import Workspace
 from ..data.defaults import data_slot, record_default
+from ..monitoring.champion import read_part
 from .approvals import check_four_eyes
 
 # %% auto #0
 __all__ = ['CHAMPION', 'CHALLENGER', 'SPECIAL', 'SHADOW', 'Change', 'record_release', 'record_file', 'record_link', 'link_words',
-           'serving_regime', 'write_projection', 'next_release_name', 'deploy', 'former_champions', 'rollback_target',
-           'rollback', 'clear_release']
+           'serving_regime', 'write_projection', 'newest_private', 'next_release_name', 'deploy', 'former_champions',
+           'rollback_target', 'rollback', 'clear_release']
 
 # %% ../../nbs/release/03_deployment.ipynb #27ebf87f
 CHAMPION = "champion"
@@ -160,6 +164,19 @@ def _written(workspace: Workspace) -> Pointer | None:
         return None
 
 
+def newest_private(ledger: Ledger, recipe: str) -> dict[str, Literal["hash", "drop"]]:
+    """The columns that the newest release of a recipe calls private; a roll-back does not make them public again."""
+    for row in ledger.releases(recipe, limit=20):
+        folder = Path(row.path)
+        with contextlib.suppress(
+            WorkbenchError
+        ):  # imported, or its bundle is gone: the one before says it
+            if (manifest := read_manifest(folder)).kind == "onnx":
+                schema = read_part(folder, manifest, "features.json")
+                return dict(FeatureSchema.model_validate(schema).private)
+    return {}
+
+
 def _projection(ledger: Ledger) -> Pointer | None:
     """What the ledger says of the champion, the open rollout and the specials; None while there is no champion."""
     slot = ledger.slot(CHAMPION)
@@ -176,7 +193,8 @@ def _projection(ledger: Ledger) -> Pointer | None:
         slots[SHADOW] = _entry(ledger, switch.evidence["ordinary"])  # says what the switch avoids
     slots |= _specials(ledger, slot.digest)
     split |= {name: 0.0 for name in slots if name not in split}
-    return Pointer(epoch=slot.epoch, slots=slots, split=split, salt=salt)
+    private = newest_private(ledger, ledger.release(slot.digest).recipe)
+    return Pointer(epoch=slot.epoch, slots=slots, split=split, salt=salt, private=private)
 
 # %% ../../nbs/release/03_deployment.ipynb #66aeff9f
 def next_release_name(workspace: Workspace, recipe: str) -> str:

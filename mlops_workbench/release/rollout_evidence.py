@@ -28,7 +28,7 @@ from ..monitoring.champion import read_part
 from ..monitoring.prediction_store import read_shadow, read_window
 from .arms import Arm, measure_arm, remove_covariate
 from .confidence_sequence import past_burn_in
-from .deployment import CHALLENGER
+from .deployment import CHALLENGER, newest_private
 from .group_sequential import PLANNED_LOOKS
 from .paired import judge_pairs
 from .sample_ratio import RatioCheck, check_ratio
@@ -311,7 +311,12 @@ def row_covariate(step: _Step, rows: pd.DataFrame) -> NDArray[np.float64]:
         Ledger(step.workspace.ledger_url),
         (step.rollout.champion, step.rollout.candidate),
     )
-    private = private_columns(release_schema(ledger, digest) for digest in sides)
+    private = private_columns(
+        [
+            newest_private(ledger, ledger.release(sides[0]).recipe),
+            *(release_schema(ledger, digest).private for digest in sides),
+        ]
+    )
     if any(f.name in private for f in release_schema(ledger, sides[0]).features):
         return found  # the former release cannot be asked about the other's rows
     found[own] = [max(shares) for shares in rows.loc[own, "probabilities"]]

@@ -9,9 +9,10 @@ import threading
 import time
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from ..core.assignment import choose_arm
 from ..core.clock import iso, now
@@ -60,6 +61,9 @@ class Arms:
     shares: Mapping[str, float]  # of the slots that are loaded; they sum to 1
     salt: str = ""
     imported: PyfuncModel | None = None  # the champion, where it is of another kind; alone then
+    private_too: Mapping[str, Literal["hash", "drop"]] = field(
+        default_factory=dict
+    )  # by the newest release
 
     @property
     def champion(self) -> LoadedModel:
@@ -69,7 +73,8 @@ class Arms:
     @cached_property
     def private(self) -> Mapping[str, str]:
         """The columns that none of these releases may leave in the log as they come."""
-        return private_columns(model.schema for model in self.models.values())
+        own = [model.schema.private for model in self.models.values()]
+        return private_columns([*own, self.private_too])
 
     def divide(self, entities: Sequence[str]) -> dict[str, list[int]]:
         """The places of the rows by the slot that answers them: the same entity always by the same one."""
@@ -98,7 +103,7 @@ def arrange(loaded: Mapping[str, LoadedModel | PyfuncModel], pointer: Pointer) -
     models = {slot: model for slot, model in loaded.items() if isinstance(model, LoadedModel)}
     shares = {slot: pointer.split.get(slot, 0.0) for slot in models}
     shares[CHAMPION] += max(0.0, 1 - sum(shares.values()))
-    return Arms(models, shares, pointer.salt)
+    return Arms(models, shares, pointer.salt, private_too=pointer.private)
 
 
 def let_go(model: LoadedModel | PyfuncModel) -> None:
