@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def workers_of(server: RunningServer) -> list[psutil.Process]:
     return psutil.Process(server.process.pid).children()
 
 
-def log_iris(workspace: Workspace) -> tuple[str, Any, pd.DataFrame]:
-    """A forest of scikit-learn in the workspace's store: its run, MLflow's own view of it, and rows to ask."""
+def log_iris(workspace: Workspace, kind: str = "sklearn") -> tuple[str, Any, pd.DataFrame]:
+    """A forest of scikit-learn or XGBoost in the workspace's store: its run, MLflow's own view of it, and rows to ask."""
     from mlops_workbench.experiment.store import ensure_store, quiet_mlflow
 
     quiet_mlflow()
@@ -46,16 +47,18 @@ def log_iris(workspace: Workspace) -> tuple[str, Any, pd.DataFrame]:
 
     mlflow.set_tracking_uri(ensure_store(workspace))
     rows, labels = load_iris(as_frame=True, return_X_y=True)
-    forest = RandomForestClassifier(20, random_state=0).fit(rows, labels)
+    if kind == "xgboost":
+        import mlflow.xgboost
+        from xgboost import XGBRFClassifier
+
+        forest, save = XGBRFClassifier(n_estimators=20, random_state=0), mlflow.xgboost.log_model
+    else:
+        forest = RandomForestClassifier(20, random_state=0)
+        save = partial(mlflow.sklearn.log_model, serialization_format="cloudpickle")
+    forest.fit(rows, labels)
     signature = mlflow.models.infer_signature(rows, forest.predict(rows))
     with mlflow.start_run() as run:
-        made = mlflow.sklearn.log_model(
-            forest,
-            name="model",
-            signature=signature,
-            pip_requirements=[],
-            serialization_format="cloudpickle",
-        )
+        made = save(forest, name="model", signature=signature, pip_requirements=[])
     return run.info.run_id, mlflow.pyfunc.load_model(made.model_uri), rows.iloc[::10]
 
 
@@ -69,14 +72,15 @@ def invocation_forms(rows: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def test_a_scikit_learn_model_is_served_once_a_person_trusts_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["sklearn", pytest.param("xgboost", marks=pytest.mark.slow)])
+def test_an_mlflow_model_is_served_once_a_person_trusts_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     import mlflow
 
     workspace = make_workspace(tmp_path / "w", pyfunc_seconds=30)
     monkeypatch.chdir(workspace.root)
-    run, theirs, rows = log_iris(workspace)
+    run, theirs, rows = log_iris(workspace, kind)
     mlflow.set_tracking_uri(
         f"sqlite:///{tmp_path}/elsewhere.db"
     )  # not where the workspace keeps its runs
@@ -102,7 +106,7 @@ def test_a_scikit_learn_model_is_served_once_a_person_trusts_it(
 
         assert main(["release", "trust", "iris-r1", "-m", "our own run"]) == 0
         assert main(["release", "show", "iris-r1"]) == 0
-        assert "sklearn" in capsys.readouterr().out
+        assert kind in capsys.readouterr().out
         deploy(workspace, "iris-r1", actor="test")
         wait_until(lambda: client.get("/health").body["digest"] == iris.digest, 60, "iris")
         expected = theirs.predict(rows).tolist()
@@ -120,7 +124,7 @@ def test_a_scikit_learn_model_is_served_once_a_person_trusts_it(
         assert (about["kind"], about["parameters"]["source"]) == ("pyfunc", run)
 
         maps = Path(f"/proc/{server.process.pid}/maps").read_text()
-        for heavy in ("torch", "pandas", "mlflow", "sklearn", "scipy", "sqlalchemy"):
+        for heavy in ("torch", "pandas", "mlflow", "sklearn", "xgboost", "scipy", "sqlalchemy"):
             assert f"/{heavy}/" not in maps, heavy
 
         point_at(workspace.pointer_path, good, epoch=9)
