@@ -22,9 +22,9 @@ from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
 from mlops_workbench.pipeline.control import OPEN_ROUTES, create_control, needed_role
 from mlops_workbench.release.approvals import approve_release
-from mlops_workbench.release.deployment import deploy
+from mlops_workbench.release.deployment import clear_release, deploy
 from mlops_workbench.release.rollout_judge import Move, seen_by_two
-from mlops_workbench.release.rollouts import promote_rollout, start_rollout
+from mlops_workbench.release.rollouts import abort_rollout, promote_rollout, start_rollout
 
 
 @contextmanager
@@ -227,6 +227,27 @@ def test_four_eyes_are_two_persons_and_the_same_files(tmp_path: Path) -> None:
         deploy(workspace, new, actor="ann")
     approve_release(workspace, new, actor="bob", reason="looked at the new report")
     assert deploy(workspace, new, actor="ann").name == new
+
+
+def test_who_started_a_rollout_is_not_its_second_person(tmp_path: Path) -> None:
+    """Although a controller promotes it; and an approval does not outlive a bar."""
+    workspace, _, new = release_pair(tmp_path / "w")
+    workspace = with_four_eyes(workspace)
+    ledger = Ledger(workspace.ledger_url)
+    rollout = start_rollout(workspace, new, actor="ann (token 00000001)", shares=(0.5,))
+    approve_release(workspace, new, actor="ann", reason="mine")
+    with pytest.raises(GateRefusedError, match="only the approval of ann"):
+        promote_rollout(workspace, rollout, actor="controller 1", reason="better")
+    approve_release(workspace, new, actor="bob", reason="looked at the slices")
+    abort_rollout(workspace, rollout, actor="controller 1", reason="worse", bar=True)
+    clear_release(workspace, new, actor="ann", reason="it was the traffic")
+    rollout = start_rollout(workspace, new, actor="ann", shares=(0.5,))
+    with pytest.raises(GateRefusedError, match="second person for flights-r2, found none"):
+        promote_rollout(workspace, rollout, actor="controller 1", reason="better")
+    approve_release(workspace, new, actor="bob", reason="looked again")
+    promote_rollout(workspace, rollout, actor="controller 1", reason="better")
+    assert split(workspace) == {"champion": 1.0}
+    assert ledger.verify().ok
 
 
 def test_the_loop_waits_for_a_person_and_calls_once(tmp_path: Path) -> None:

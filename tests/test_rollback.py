@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from rollback_support import KINDS, measure_rollbacks
 from rollout_support import add_release, decisions, release_pair
+from serving_support import build_bundle
 
 from mlops_workbench.core.errors import ConflictError, GateRefusedError
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
 from mlops_workbench.data.defaults import default_versions
-from mlops_workbench.release.deployment import clear_release, deploy, rollback
+from mlops_workbench.release.deployment import clear_release, deploy, record_release, rollback
 from mlops_workbench.release.rollouts import start_rollout
 
 BY = {"actor": "monitor", "reason": "rule quality: too many wrong answers"}
@@ -76,6 +77,30 @@ def test_what_was_sent_back_stays_away_until_a_person_clears_it(tmp_path: Path) 
     )
     assert deploy(workspace, "flights-r4", actor="ann").previous == "flights-r1"
     assert rollback(workspace, **BY, bar=True).name == "flights-r1"
+
+
+def test_back_leads_only_to_what_passed_its_gates_and_served(tmp_path: Path) -> None:
+    """A roll-back is no side door for a release that was refused, or that never served; nor to the release that serves."""
+    workspace = four_releases(tmp_path)
+    ledger = Ledger(workspace.ledger_url)
+    add_release(workspace, "flights-r5")
+    refused = build_bundle(workspace.bundles, name="flights-r6", bias=2.0)
+    failed = {"passed": False, "reason": "refused by quality", "results": []}
+    record_release(workspace, refused, failed, actor="test", cycle="c", record_path="")
+    for name in ("flights-r5", "flights-r6"):
+        with pytest.raises(ConflictError, match=f"served all traffic before, found {name}"):
+            rollback(workspace, name, **BY)
+    with pytest.raises(ConflictError, match="found flights-r4; nothing was rolled back"):
+        rollback(workspace, "flights-r4", **BY)
+    # forced, found bad and cleared, it is what its gates said
+    deploy(workspace, "flights-r6", actor="ann", force=True)
+    assert rollback(workspace, **BY, bar=True).name == "flights-r4"
+    clear_release(workspace, "flights-r6", actor="ann", reason="a mistake")
+    assert ledger.release("flights-r6").status == "refused"
+    with pytest.raises(ConflictError, match="found flights-r6"):
+        rollback(workspace, "flights-r6", **BY)
+    with pytest.raises(GateRefusedError, match="is refused"):
+        start_rollout(workspace, "flights-r6", actor="ann", shares=(0.5,))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from test_rollout import QUICK, Traffic, begin, serve
 from test_rollout_records import outputs
 
 from mlops_workbench.cli.main import main
+from mlops_workbench.core.clock import iso, now, timestamp
+from mlops_workbench.core.errors import ConflictError
 from mlops_workbench.core.ledger import DecisionRow, Ledger
 from mlops_workbench.pipeline.decision_record import write_records
 from mlops_workbench.pipeline.loop import rehearse_due
@@ -124,6 +127,32 @@ def test_a_rollout_waits_for_the_end_of_a_regime(tmp_path: Path) -> None:
         assert split(workspace) == {"champion": 0.5, "challenger": 0.5, "special:storm": 0.0}
         traffic.send(5)
         assert set(traffic.statuses) == {200}
+
+
+def test_a_persons_way_back_holds_against_the_calendar(tmp_path: Path) -> None:
+    """Until the special is registered anew, or another window begins; and no rollout starts while a special serves."""
+    workspace, old, new = release_pair(tmp_path / "w", **QUICK)
+    start = now() - timedelta(hours=1)
+    window = Regime("sale", new, since=iso(start), until=iso(start + timedelta(days=1)))
+    register_regime(workspace, window, **BY)
+    ledger = Ledger(workspace.ledger_url)
+    with ledger.decision(
+        "rehearsal", actor="test", subject="sale", verdict="passed", reason="",
+        evidence={"digest": ledger.release(new).digest},
+    ):  # fmt: skip
+        pass
+    there = tend_regimes(workspace, actor="controller")
+    assert there is not None and there.evidence["by"] == "calendar"
+    add_release(workspace, "flights-r3")
+    with pytest.raises(ConflictError, match="found the special of sale; no rollout was started"):
+        start_rollout(workspace, "flights-r3", actor="test", shares=(0.5,))
+    switch_back(workspace, **BY)
+    assert tend_regimes(workspace, actor="controller") is None
+    later = {**vars(window), "since": iso(now() + timedelta(hours=1))}
+    register_regime(workspace, Regime(**later), **BY)
+    moment = timestamp() + 7200
+    there = tend_regimes(workspace, actor="controller", moment=moment)
+    assert there is not None and there.verdict == "switched"
 
 
 def test_the_loop_rehearses_the_way_back_and_new_specials(

@@ -81,6 +81,17 @@ def test_a_copy_is_compared_and_never_answers(
     assert decisions(workspace) == ["started", "advanced"]
 
 
+def test_a_copy_with_few_labels_goes_nowhere(tmp_path: Path) -> None:
+    """However many rows both releases answered: of twenty alone it is known who is right."""
+    with copied(tmp_path, mostly("on time", 0.95)) as (workspace, _, _, _, traffic):
+        for number in range(20):
+            traffic.client.post("/predict", {"rows": [flight(number * 20 + n) for n in range(20)]})
+        wait_until(lambda: copies(workspace) >= 300, 20, "the copies")
+        looked = tend_rollout(workspace, actor="controller")
+    assert looked is not None and looked[2].kind == "wait"
+    assert looked[1].new.rows >= 300 and "200 rows an arm are asked for" in looked[2].reason
+
+
 def test_a_worse_copy_goes_back_before_anybody_heard_it(tmp_path: Path) -> None:
     with copied(tmp_path, mostly("late", 0.95)) as (workspace, old, new, _, traffic):
         copied_rows(workspace, traffic)

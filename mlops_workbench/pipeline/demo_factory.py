@@ -42,7 +42,7 @@ def marker(folder: Path) -> Path:
 ROLLOUT_SETTINGS = {
     "rollout.steps": "shadow, 25, 50",
     "rollout.metric": "brier",
-    "rollout.margin": "0.05",
+    "rollout.margin": "0.025",
     "rollout.minimum_rows": "60",
     "rollout.minimum_minutes": "120",
     "rollout.label_delay_minutes": "60",

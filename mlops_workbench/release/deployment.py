@@ -301,6 +301,15 @@ def rollback_target(ledger: Ledger, current: str, to: str | None) -> str:
             raise ConflictError(
                 f"{row.name} is barred; clear it first with `mwb release clear {row.name}`"
             )
+        if row.digest == current:
+            raise ConflictError(
+                f"expected another release than the one that serves, found {row.name}; nothing was rolled back"
+            )
+        if row.digest not in former_champions(ledger, current):
+            raise ConflictError(
+                f"expected a release that passed its gates and served all traffic before, found {row.name}, which did not; "
+                f"nothing was rolled back; let it take over: mwb release start {row.name}, or mwb run deploy -p deploy.release={row.name}"
+            )
         verify_bundle(Path(row.path), row.digest)
         return row.digest
     damaged = []
@@ -381,14 +390,16 @@ def rollback(
 
 # %% ../../nbs/release/03_deployment.ipynb #38d38084
 def clear_release(workspace: Workspace, name: str, *, actor: str, reason: str) -> None:
-    """Lift the bar of a release; ConflictError when it is not barred."""
+    """Lift the bar of a release, which is then what its gates said; ConflictError when it is not barred."""
     ledger = Ledger(workspace.ledger_url)
     row = ledger.release(name)
     if row.status != "barred":
         raise ConflictError(
             f"expected a barred release, {name!r} is {row.status}; nothing to clear"
         )
+    gates = ledger.decisions(1, "gate", row.name)
+    refused = bool(gates) and gates[0].verdict == "refused"
     with ledger.decision(
         "clear", actor=actor, subject=row.name, verdict="cleared", reason=reason
     ) as change:
-        change.set_release_status(row.digest, "approved")
+        change.set_release_status(row.digest, "refused" if refused else "approved")

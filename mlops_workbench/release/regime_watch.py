@@ -30,7 +30,18 @@ from mlops_workbench.release.regimes import (
 from .rollout_evidence import release_schema, row_values
 
 # %% auto #0
-__all__ = ['STANDARD_ERRORS', 'DETECTOR_ROWS', 'detector_reading', 'tend_regimes']
+__all__ = ['STANDARD_ERRORS', 'DETECTOR_ROWS', 'ended_by_person', 'detector_reading', 'tend_regimes']
+
+# %% ../../nbs/release/23_regime_watch.ipynb #67d33832
+def ended_by_person(ledger: Ledger, regime: Regime) -> bool:
+    """Whether a person went back from this special, and neither was it registered anew nor did its window begin since."""
+    last = next(iter(ledger.decisions(1, "switch", regime.name)), None)
+    if last is None or last.verdict != "back" or last.evidence["by"] != "person":
+        return False
+    known = ledger.decisions(1000, "regime", regime.name)
+    armed = [d.at for d in known if d.verdict == "registered"][:1] + [regime.since or last.at]
+    ended, *began = (datetime.fromisoformat(text).timestamp() for text in (last.at, *armed))
+    return ended >= max(began)
 
 # %% ../../nbs/release/23_regime_watch.ipynb #5e17344a
 STANDARD_ERRORS, DETECTOR_ROWS = 4.0, 50
@@ -91,6 +102,8 @@ def tend_regimes(
             workspace, last, {r.name: r for r in known}.get(last.subject), actor, moment
         )
     for regime in (r for r in known if rehearsed(ledger, r) and r.digest != slot.digest):
+        if ended_by_person(ledger, regime):
+            continue
         if regime.in_time(moment):
             return switch(
                 workspace,

@@ -122,7 +122,7 @@ def row_values(
         return loss
     wished = np.eye(len(classes))[truth]
     squares: NDArray[np.float64] = ((promised - wished) ** 2).sum(axis=1)
-    return squares
+    return squares / 2 if len(classes) == 2 else squares  # the scale of gates and monitor
 
 # %% ../../nbs/release/17_rollout_evidence.ipynb #01b9a172
 def release_schema(ledger: Ledger, digest: str) -> FeatureSchema:

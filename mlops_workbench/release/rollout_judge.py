@@ -78,13 +78,14 @@ def next_move(rollout: RolloutRow, found: Evidence, settings: RolloutSettings) -
         )
     last = rollout.step + 1 >= len(rollout.steps)
     labelled = min(found.old.labelled.rows, found.new.labelled.rows)
-    enough = (found.new.rows if found.copied else labelled) >= settings.minimum_rows
+    enough = labelled >= settings.minimum_rows
     if found.minutes >= settings.minimum_minutes and enough:
         if last and found.verdict.word in ("better", "equivalent"):
             return Move("promote", f"{found.verdict.word}: {found.verdict.reason}")
         if not last:
             return Move(
-                "advance", f"not worse at {share_words(rollout.share)}: {found.verdict.reason}"
+                "advance",
+                f"not shown to be worse at {share_words(rollout.share)}: {found.verdict.reason}",
             )
     if last and found.verdict.over and found.minutes >= settings.minimum_minutes:
         return Move(

@@ -22,7 +22,13 @@ from ..core.ledger import Ledger, RolloutRow
 from ..core.workspace import Workspace
 from .approvals import check_four_eyes
 from ..data.defaults import data_slot, record_default
-from .deployment import CHAMPION, record_file, record_link, write_projection
+from mlops_workbench.release.deployment import (
+    CHAMPION,
+    record_file,
+    record_link,
+    serving_regime,
+    write_projection,
+)
 
 # %% auto #0
 __all__ = ['start_rollout', 'check_comparable', 'the_rollout', 'advance_rollout', 'pause_rollout', 'resume_rollout',
@@ -93,6 +99,11 @@ def start_rollout(
         raise ConflictError(
             f"expected a champion to compare {release.name} with, found none; deploy it: mwb run deploy"
         )
+    if (special := serving_regime(ledger, slot)) is not None:
+        raise ConflictError(
+            f"expected the ordinary release to serve, found the special of {special.subject}; no rollout was started; "
+            "go back first: mwb release switch --back"
+        )
     if slot.digest == release.digest:
         raise ConflictError(
             f"expected another release than the champion, found {release.name}, which serves"
@@ -157,12 +168,20 @@ def advance_rollout(workspace: Workspace, rollout: RolloutRow, **by: Any) -> Rol
 
 
 def pause_rollout(workspace: Workspace, rollout: RolloutRow, **by: Any) -> None:
-    """Keep the share as it is, and decide nothing until it is resumed; a guard rail still sends it back."""
+    """Keep the share as it is, and decide nothing until it is resumed; a guard rail still sends it back. ConflictError when it is paused."""
+    if rollout.status == "paused":
+        raise ConflictError(
+            f"expected {rollout.name} to go on, found it paused; nothing was changed"
+        )
     _move(workspace, rollout, "paused", "keeps its share and waits", {"status": "paused"}, **by)
 
 
 def resume_rollout(workspace: Workspace, rollout: RolloutRow, **by: Any) -> None:
-    """Go on; the step begins anew, so that rows of the pause do not count."""
+    """Go on; the step begins anew, so that rows of the pause do not count. ConflictError when it is not paused."""
+    if rollout.status != "paused":
+        raise ConflictError(
+            f"expected {rollout.name} to be paused, found it going on; nothing was changed, and its rows count"
+        )
     values = {"status": "running", "step_started_at": iso(now())}
     _move(workspace, rollout, "resumed", "goes on", values, **by)
 
@@ -226,7 +245,8 @@ def _move(
         if promote:
             assert slot is not None, "a rollout has a champion"
             change.set_slot(CHAMPION, release.digest, slot.epoch)
-            change.set_release_status(release.digest, "approved")
+            if release.status != "refused":  # what was forced stays what its gates said
+                change.set_release_status(release.digest, "approved")
             place = data_slot(release.data_version)
             if data is None or data.digest != release.data_version:
                 change.set_slot(place, release.data_version, data.epoch if data else 0)
