@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pandas as pd
 import pytest
 from fastapi.routing import APIRoute
+from fastapi.testclient import TestClient
 from rollout_support import decisions, release_pair, split
 from serving_support import ROW, serving
 
@@ -20,6 +22,7 @@ from mlops_workbench.core.errors import GateRefusedError, IntegrityError
 from mlops_workbench.core.grants import access_path, grant, revoke
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.data.versions import DataStore
 from mlops_workbench.pipeline.control import OPEN_ROUTES, create_control, needed_role
 from mlops_workbench.release.approvals import approve_release
 from mlops_workbench.release.deployment import clear_release, deploy
@@ -173,6 +176,29 @@ def test_a_rollout_by_http_and_back(tmp_path: Path) -> None:
     assert decisions(workspace) == verdicts
     rows = Ledger(workspace.ledger_url).decisions(limit=100)
     assert {row.actor.partition(" (token")[0] for row in rows if row.kind == "rollout"} == {"ann"}
+
+
+def test_an_operator_leads_data_back_and_not_forward(tmp_path: Path) -> None:
+    """What was taken back comes in again by a deployer."""
+    workspace, _, _ = release_pair(tmp_path / "w")
+    store = DataStore(workspace)
+    for rows in (10, 20):
+        table = pd.DataFrame({"key": range(rows), "late": [0, 1] * (rows // 2)})
+        store.snapshot("own", table, key="key", label="late")
+    tokens = {
+        role: bearer(grant(workspace, "ann", role, actor="test"))
+        for role in ("operator", "deployer")
+    }
+    asked = [("operator", "own@v1.0"), ("operator", "own@v1.1"), ("deployer", "own@v1.1")]
+    with TestClient(create_control(workspace)) as client:
+        told = [
+            client.post(
+                "/api/data/rollback", headers=tokens[role], json={"version": ref, "reason": "x"}
+            )
+            for role, ref in asked
+        ]
+    assert [answer.status_code for answer in told] == [200, 403, 200]
+    assert "found own@v1.1; the role deployer may" in told[1].json()["detail"]
 
 
 def test_without_a_file_of_tokens_nobody_gets_in(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPEN_ROUTES', 'Viewer', 'Operator', 'Deployer', 'Admin', 'STATUS', 'needed_role', 'check_routes', 'Body', 'StartBody',
-           'AbortBody', 'SwitchBody', 'RollbackBody', 'DataBody', 'TokenBody', 'create_control']
+           'AbortBody', 'SwitchBody', 'RollbackBody', 'DataBody', 'TokenBody', 'leads_back', 'create_control']
 
 # %% ../../nbs/pipeline/48_control.ipynb #eabff849
 import time
@@ -30,6 +30,9 @@ from ..core.grants import access_path, grant, revoke, write_access
 from ..core.ledger import Ledger
 from ..core.settings import read_steps
 from ..core.workspace import Workspace
+from ..data.defaults import default_versions
+from ..data.names import with_data_set
+from ..data.versions import DataStore
 from .data_rollback import rollback_data
 from .decision_record import start_writer
 from .deploy import follow_in_registry
@@ -202,6 +205,17 @@ def _add_views(app: FastAPI, workspace: Workspace) -> None:
         """What served at a moment (seconds since 1970), trained on what, let in why."""
         return as_of(Ledger(workspace.ledger_url), seconds)
 
+# %% ../../nbs/pipeline/48_control.ipynb #163f6e88
+def leads_back(workspace: Workspace, ref: str) -> bool:
+    """Whether a data version is the default, or one that the default was made from; DataError for an unknown one."""
+    store = DataStore(workspace)
+    wanted = store.resolve(with_data_set(workspace.root, ref))
+    latest = store.latest(wanted.name)
+    at = default_versions(workspace).get(wanted.name) or (latest.ref if latest else None)
+    while at is not None and at != wanted.ref:
+        at = store.resolve(at).parent
+    return at is not None
+
 # %% ../../nbs/pipeline/48_control.ipynb #83e5e549
 def _add_moves(app: FastAPI, workspace: Workspace) -> None:
     """Routes that change which release serves, and which data version is the default."""
@@ -281,7 +295,12 @@ def _add_moves(app: FastAPI, workspace: Workspace) -> None:
 
     @app.post("/api/data/rollback")
     def data_back(body: DataBody, who: Operator) -> dict[str, Any]:
-        """Make an older data version the default again."""
+        """Make an older data version the default again; one that the default was not made from is for a deployer."""
+        if not who.may("deployer") and not leads_back(workspace, body.version):
+            raise HTTPException(
+                403,
+                f"expected a version that the default was made from, found {body.version}; the role deployer may",
+            )
         return asdict(rollback_data(workspace, body.version, actor=who.name, reason=body.reason))
 
 # %% ../../nbs/pipeline/48_control.ipynb #8ac6e33a
