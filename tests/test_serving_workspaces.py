@@ -3,6 +3,7 @@
 import http.server
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,9 +22,11 @@ from serving_support import (
 )
 
 from mlops_workbench.core.bundle import read_manifest
+from mlops_workbench.core.errors import IntegrityError
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace, create_workspace
-from mlops_workbench.release.deployment import deploy
+from mlops_workbench.experiment.store import mlflow_client
+from mlops_workbench.release.deployment import deploy, rollback, write_projection
 from mlops_workbench.serving.address import find_server
 
 
@@ -165,6 +168,31 @@ def test_a_copy_of_a_workspace_is_another_workspace(
     subprocess.run(["cp", "-a", str(alpha.root), str(tmp_path / "copy")], check=True)
     copied = find_server(Workspace.open(tmp_path / "copy"))
     assert (copied.kind, copied.name) == ("another", "alpha")
+
+
+def test_a_copy_leaves_the_files_of_the_original_alone(tmp_path: Path) -> None:
+    """It serves its own bundles, and what is recorded in it lies beside it."""
+    original = a_workspace(tmp_path, "alpha", free_port())
+    client = mlflow_client(original)
+    run = client.create_run("0")
+    client.log_text(run.info.run_id, "of the original", "note.txt")
+    shutil.copytree(original.root, tmp_path / "copy")
+    copy = Workspace.open(tmp_path / "copy")
+    client = mlflow_client(copy)
+    kept = client.get_run(run.info.run_id).info.artifact_uri
+    assert kept.startswith(copy.artifacts.as_uri())
+    client.log_text(client.create_run("0").info.run_id, "of the copy", "note.txt")
+    notes = [{p.read_text() for p in w.root.rglob("note.txt")} for w in (original, copy)]
+    assert notes == [{"of the original"}, {"of the original", "of the copy"}]
+    pointer = write_projection(copy)
+    assert pointer is not None
+    assert all(Path(entry.path).parent == copy.bundles for entry in pointer.slots.values())
+    model = copy.bundles / pointer.slots["champion"].digest / "model.onnx"
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    assert rollback(copy, actor="test", reason="x").name == "flights-r1"
+    with pytest.raises(IntegrityError):
+        deploy(copy, "flights-r2", actor="test")
+    assert champion(original) == "flights-r2" and Ledger(copy.ledger_url).verify().ok
 
 
 @pytest.mark.parametrize(

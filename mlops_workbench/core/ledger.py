@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy
@@ -152,6 +153,8 @@ class Ledger:
         self.url = url
         path = sqlite_path(url)
         self.head_path = path.with_name(path.name + ".head") if path is not None else None
+        folder = path.with_name("bundles") if path is not None else None
+        self._bundles = folder if folder is not None and folder.is_dir() else None
         self._engine = open_engine(url)
         if path is not None and self.head_path is not None and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +240,7 @@ class Ledger:
         if limit is not None:
             query = query.limit(limit)
         with transaction(self._engine) as connection:
-            return [_release(row) for row in connection.execute(query)]
+            return [_release(row, self._bundles) for row in connection.execute(query)]
 
     def release(self, digest_or_name: str) -> ReleaseRow:
         """The release of this name, digest or beginning of a digest (four digits or more)."""
@@ -246,7 +249,10 @@ class Ledger:
         if len(wanted) >= 4:
             matches |= releases.c.digest.startswith(wanted, autoescape=True)
         with transaction(self._engine) as connection:
-            found = [_release(row) for row in connection.execute(select(releases).where(matches))]
+            found = [
+                _release(row, self._bundles)
+                for row in connection.execute(select(releases).where(matches))
+            ]
             names = connection.scalars(select(releases.c.name).order_by(releases.c.name)).all()
         exact = [row for row in found if wanted in (row.name, row.digest)]
         if len(exact or found) == 1:
@@ -363,10 +369,13 @@ class Ledger:
         with transaction(self._engine) as connection:
             return outbox_table.latest(connection, limit)
 
-# %% ../../nbs/core/14_ledger.ipynb #23ce827f
-def _release(row: sqlalchemy.Row[Any]) -> ReleaseRow:
-    """A row of the table as a release."""
-    return ReleaseRow(**{name: row._mapping[name] for name in ReleaseRow.__dataclass_fields__})
+# %% ../../nbs/core/14_ledger.ipynb #c040a591
+def _release(row: sqlalchemy.Row[Any], bundles: Path | None) -> ReleaseRow:
+    """A row of the table as a release; its bundle is the one beside the ledger, wherever both were when it was recorded."""
+    values = {name: row._mapping[name] for name in ReleaseRow.__dataclass_fields__}
+    if bundles is not None and Path(values["path"]).parts[-2:] == (bundles.name, values["digest"]):
+        values["path"] = str(bundles / values["digest"])
+    return ReleaseRow(**values)
 
 
 def _rollout(row: sqlalchemy.Row[Any]) -> RolloutRow:
