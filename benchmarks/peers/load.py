@@ -77,12 +77,12 @@ class Arrivals:
                 self.idle.pop().ask(moment)
             else:
                 self.due.append(moment)
-        end = time.perf_counter() + 1
-        while self.answered < self.sent and time.perf_counter() < end:
-            await asyncio.sleep(0.01)
         if not self.from_due:  # what this client had no connection left for never came
             self.sent -= len(self.due)
             self.due.clear()
+        end = time.perf_counter() + 1
+        while self.answered < self.sent and time.perf_counter() < end:
+            await asyncio.sleep(0.01)
         self.errors += self.sent - self.answered  # no answer in time is an error
 
     @property
