@@ -145,7 +145,10 @@ def test_a_planned_end_decides_by_fewer_rows_and_not_between_its_looks(tmp_path:
     assert evidence(planned, 3.0).verdict.word == "better"
     text = planned.root.joinpath("settings.ini").read_text()
     planned.root.joinpath("settings.ini").write_text(replace_setting(text, "planned_rows", 0))
-    assert evidence(Workspace.open(planned.root), 3.0).verdict.word == "not yet"
+    open_end = evidence(Workspace.open(planned.root), 3.0)
+    assert open_end.verdict.word == "not yet"
+    assert open_end.verdict.reason.endswith("if it stays so") and open_end.hours_to_word is not None
+    assert 0 < open_end.hours_to_word < 6  # an open end needs up to three times the rows
 
 
 def test_a_planned_end_without_a_word_keeps_the_former_release(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from ..monitoring.prediction_store import read_shadow, read_window
 from .arms import Arm, measure_arm, remove_covariate
 from .confidence_sequence import past_burn_in
 from .deployment import CHALLENGER, newest_private
+from .forecast import forecast_words, times_more
 from .group_sequential import PLANNED_LOOKS
 from .paired import judge_pairs
 from .sample_ratio import RatioCheck, check_ratio
@@ -82,6 +83,7 @@ class Evidence:
     hours: float  # since the rollout began
     copied: CopyFigures | None = None  # of a shadow step
     covariate: str = ""  # what narrowed the interval, and by how much
+    hours_to_word: float | None = None  # a forecast; None when there is a word, or none in sight
 
     def as_dict(self) -> dict[str, Any]:
         """The evidence as a decision keeps it."""
@@ -100,6 +102,7 @@ class Evidence:
             "minutes": round(self.minutes, 2),
             "copied": asdict(self.copied) if self.copied else None,
             "covariate": self.covariate,
+            "hours_to_word": self.hours_to_word,
         }
 
 # %% ../../nbs/release/17_rollout_evidence.ipynb #f512f604
@@ -209,7 +212,28 @@ def read_evidence(
     moment = timestamp() if moment is None else moment
     step = _Step(workspace, rollout, since, moment)
     found = _read_copy(step) if rollout.shadow else _read_split(step)
-    return replace(found, minutes=(moment - since) / 60, hours=(moment - begun) / 3600)
+    timed = replace(found, minutes=(moment - since) / 60, hours=(moment - begun) / 3600)
+    return _with_forecast(step, timed)
+
+
+def _with_forecast(step: _Step, found: Evidence) -> Evidence:
+    """The evidence with the time until a word, where there is none yet and an interval to forecast by."""
+    verdict, rules = found.verdict, step.settings
+    if verdict.final or verdict.over or verdict.exact or not verdict.interval.known:
+        return found
+    rows = min(found.old.labelled.rows, found.new.labelled.rows)
+    if step.planned:
+        times: float | None = rules.planned_rows / (
+            found.old.labelled.rows + found.new.labelled.rows
+        )
+    else:
+        times = times_more(step.metric, verdict.interval, rows, rules.minimum_rows, step.alpha)
+    counted = (
+        max(found.minutes - rules.label_delay_minutes, 0.0) / 60
+    )  # hours whose rows have labels
+    hours = None if times is None else (max(times, 1.0) - 1) * counted
+    words = f"{verdict.reason}; {forecast_words(hours)}"
+    return replace(found, verdict=replace(verdict, reason=words), hours_to_word=hours)
 
 # %% ../../nbs/release/17_rollout_evidence.ipynb #d304fe50
 def planned_part(
