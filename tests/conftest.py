@@ -14,9 +14,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST_FIRST = (
     "test_readme.py",
-    "test_data_versions.py",
-    "test_experiment_tracking.py",
+    "test_pipeline_runner.py",
     "test_training.py",
+    "test_data_validation.py",
+    "test_pages_browser.py",
+    "test_why.py",
+    "test_experiment_tracking.py",
+    "test_why_changes.py",
+    "test_rollout_shadow.py",
+    "test_rollout_records.py",
+    "test_rollout_page.py",
+    "test_monitoring.py",
 )
 
 

@@ -76,6 +76,7 @@ def verdicts(record: dict[str, object]) -> dict[str, str]:
     return {finding["suspect"]: finding["verdict"] for finding in findings}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_learning_rate_that_breaks_the_training_is_the_parameters(mine: Workspace) -> None:
     broken = new_release(mine, "fast", "-p", 'train.parameters={"learning_rate": 5.0}')
