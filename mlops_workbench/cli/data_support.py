@@ -9,7 +9,7 @@ import getpass
 import json
 import sys
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,7 @@ def version_columns(
 ) -> dict[str, Any]:
     """Key, label and, for the recipe's data set, schema and features; raises UsageError when a column must be named."""
     from mlops_workbench.pipeline.data_rollback import base_version
-    from mlops_workbench.recipes.protocol import load_recipe
+    from mlops_workbench.recipes.protocol import load_recipe, needed_columns
 
     recipe = load_recipe(store.workspace.settings.workspace.recipe, store.root)
     known: dict[str, Any] = {"key": key, "label": label}
@@ -89,7 +89,7 @@ def version_columns(
         features = recipe.features
         known = {"key": known["key"] or features.key, "label": known["label"] or features.label}
         known |= {"schema": recipe.schema(), "features": [each.name for each in features.features]}
-        known["classes"] = features.classes
+        known |= {"classes": features.classes, "needed": needed_columns(recipe)}
     for option in ("key", "label"):
         if not known[option]:
             there = ", ".join(map(str, columns[:20]))
@@ -120,6 +120,7 @@ def take_rows(
     schema: Any = None,
     features: Sequence[str] | None = None,
     classes: Sequence[str] = (),
+    needed: Collection[str] | None = None,  # columns that must be there; None: all of those before
     append: bool = False,
     replace: bool = False,  # also when the table has less than half of the rows before
     order: Sequence[str] = (),
@@ -144,12 +145,13 @@ def take_rows(
         pictures = pictures or (base.pictures if base is not None else "")
         names: dict[str, Any] = {"key": key, "label": label}
         by = {"actor": getpass.getuser()}
-        needed = [label, *order, *([pictures] if pictures else [])]
-        delivery = deliver(store, base, rows, key, required=needed, append=append, force=force)
+        required = [label, *order, *([pictures] if pictures else [])]
+        delivery = deliver(store, base, rows, key, required=required, append=append, force=force)
         how: dict[str, Any] = {
             "schema": schema,
             "features": features,
             "classes": classes,
+            "needed": needed,
             "skip": order,
             "pictures": pictures,
         }

@@ -5,7 +5,7 @@
 # %% ../../nbs/data/38_intake.ipynb #f40b4093
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -158,6 +158,7 @@ def judge(
     skip: Sequence[str] = (),  # columns whose range moves by itself, such as the time
     pictures: str = "",  # the column that holds the content of files
     classes: Sequence[str] = (),  # what labels 0, 1, ... are called
+    needed: Collection[str] | None = None,  # columns that must be there; None: all of those before
 ) -> ValidationReport | None:
     """What the checks say of the new rows, beside those before; None when there is none."""
     if not delivery.new.any():
@@ -177,6 +178,7 @@ def judge(
         skip=skip,
         separate=True,
         classes=classes,
+        needed=needed,
     )
 
 # %% ../../nbs/data/38_intake.ipynb #0644fee1
@@ -249,21 +251,27 @@ def _without(delivery: Delivery, report: ValidationReport, key: str) -> pd.DataF
 
 # %% ../../nbs/data/38_intake.ipynb #94055a41
 def _fitted(table: pd.DataFrame, previous: pd.DataFrame | None) -> pd.DataFrame:
-    """The table with numbers again in columns that single rows, which wait now, had made text."""
+    """The table with the types of the version before in columns of which rows that wait now had made another."""
     found: dict[str, Any] = {}
     if previous is None:
         return table
     for name in previous.columns:
         kind = previous[name].dtype
-        was_number = pd.api.types.is_numeric_dtype(kind)
-        if name not in table or table[name].dtype != object or not was_number:
+        if name not in table or table[name].dtype == kind or not _is_number(previous[name]):
             continue
         numbers = pd.to_numeric(table[name], errors="coerce")
-        if not (numbers.isna() & table[name].notna()).any():
-            whole = pd.api.types.is_integer_dtype(kind)
-            fits = whole and numbers.notna().all() and (numbers % 1 == 0).all()
+        if (numbers.isna() & table[name].notna()).any():
+            continue
+        is_whole = pd.api.types.is_integer_dtype(kind) or pd.api.types.is_bool_dtype(kind)
+        fits = is_whole and numbers.notna().all() and (numbers % 1 == 0).all()
+        if fits or table[name].dtype == object:
             found[name] = numbers.astype(kind) if fits else numbers
     return table.assign(**found)
+
+
+def _is_number(cells: pd.Series) -> bool:
+    """True for a column of numbers or truth values."""
+    return bool(pd.api.types.is_numeric_dtype(cells.dtype))
 
 # %% ../../nbs/data/38_intake.ipynb #a61d2d82
 def _record(
