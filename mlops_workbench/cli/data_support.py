@@ -209,17 +209,21 @@ def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any
     version = intake.version
     assert version is not None, "a refusal is an error"
     if as_json:
-        waiting = {"held": intake.held, "quarantine": intake.quarantine and intake.quarantine.ref}
+        waiting: dict[str, Any] = {"held": intake.held, "counts": intake.counts}
+        waiting["quarantine"] = intake.quarantine and intake.quarantine.ref
         about = {"unchanged": version.unchanged, "validation": version.validation}
         print_json({**version.summary(), **about, **waiting, **more})
         return
     verdict = "unchanged" if version.unchanged else "forced" if version.forced else "stored"
-    click.echo(f"{version.ref}  {verdict}  {counted(version.rows, 'row')} {what}")
+    counts = f": {intake.counts.text()}" if intake.counts is not None else ""
+    click.echo(f"{version.ref}  {verdict}  {counted(version.rows, 'row')} {what}{counts}")
     if intake.report is not None and intake.report.problems and version.parent:
         judged = counted(intake.report.rows, "new or changed row")
         click.echo(f"  {judged} beside the {intake.report.previous_rows:,} of {version.parent}:")
     for problem in [] if intake.report is None or version.unchanged else intake.report.problems:
         click.echo(f"  {problem.severity}: {problem.column}: {problem.text}")
+    for note in [] if intake.report is None or version.unchanged else intake.report.notes:
+        click.echo(f"  remark: {note}")
     if intake.quarantine is not None:
         click.echo(
             f"{counted(intake.held, 'row')} held back in {intake.quarantine.ref}: see them with `mwb data review {name}`"
