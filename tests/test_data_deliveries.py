@@ -15,7 +15,7 @@ from mlops_workbench.data.versions import DataStore
 
 
 def orders(rows: int, first: int, seed: int = 0) -> pd.DataFrame:
-    """Orders that are late when far, heavy or in a slow courier's hands, with noise: 89 % can be told at best."""
+    """Orders that are late when far, heavy or in a slow courier's hands, with noise: nine in ten can be told at best."""
     numbers = np.random.default_rng((seed, first))
     frame = pd.DataFrame(
         {
@@ -28,7 +28,7 @@ def orders(rows: int, first: int, seed: int = 0) -> pd.DataFrame:
     )
     slow = frame["courier"].map({"bike": -1.0, "van": 0.0, "foot": 1.5})
     score = 0.12 * frame["km"] + 0.15 * frame["items"] + 0.3 * frame["weight"] + slow - 3
-    return frame.assign(late=np.where(score + numbers.normal(0, 0.6, rows) > 0, "yes", "no"))
+    return frame.assign(late=np.where(score + numbers.normal(0, 0.5, rows) > 0, "yes", "no"))
 
 
 @pytest.fixture(scope="module")
