@@ -218,7 +218,7 @@ def check_against(
             text = f"{MISSING}{_hint(column, frame, previous)}"
             severity: Severity = "refuse"
             if needed is not None and column not in needed:
-                text, severity = f"{MISSING}; no recipe uses it, its cells stay empty", "remark"
+                text, severity = f"{MISSING}; no recipe uses it", "remark"
             problems.append(Problem(column, rule, len(frame), (), text, severity))
             continue
         problems += check_missing(
