@@ -299,8 +299,9 @@ def test_all_findings_come_at_once() -> None:
 
 
 def test_small_and_first_batches_say_what_they_cannot_tell() -> None:
-    few = judge(month(6)[:20], month(1, 2, 3, 4, 5))
-    assert few.verdict == "accept" and "50 new rows" in few.notes[0]
+    few = judge(month(6)[:3], month(1, 2, 3, 4, 5))
+    assert few.verdict == "accept" and "3 rows: too few" in few.notes[0]
+    assert judge(month(6)[:20], month(1, 2, 3, 4, 5)).notes == ()
     early = judge(month(6), month(1)[:100])
     assert early.verdict == "accept" and "200 rows" in early.notes[0]
     first = judge(month(1), None)

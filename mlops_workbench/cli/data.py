@@ -232,13 +232,14 @@ def show_version(ref: str, workspace: Path | None, as_json: bool) -> None:
 
     Example: mwb data show flights@v1.1
     """
-    from mlops_workbench.data.forced import forced_rows
+    from mlops_workbench.data.forced import forced_rows, rows_by_hand
     from mlops_workbench.data.findings import class_name
     from mlops_workbench.recipes.protocol import known_classes
 
     store = open_store(workspace)
     version = store.resolve(ref)
     against = {"rows_against_checks": int(forced_rows(store, version).sum())}
+    against |= {"rows_accepted_by_hand": int(rows_by_hand(store, version).sum())}
     record = {**store.show(version.ref), **against, **_links(store, [version])[0]}
     if not as_json:
         record["manifest"] = record["manifest"]["sha256"]

@@ -111,7 +111,13 @@ def review(
     """
     from getpass import getuser
 
-    from mlops_workbench.data.quarantine import WAITING, review_list, review_rows, waiting_names
+    from mlops_workbench.data.quarantine import (
+        WAITING,
+        acceptable,
+        review_list,
+        review_rows,
+        waiting_names,
+    )
     from mlops_workbench.data.versions import DataStore
     from mlops_workbench.recipes.protocol import known_classes
 
@@ -128,9 +134,14 @@ def review(
         _show_waiting(found, not name, as_json)
         return
     name = _one_name(names) if names else _dataset(store).split("@")[0]
+    stay: dict[str, str] = {}
     if accept_all:
         turned = set(reject)
-        accept = tuple(r["id"] for r in review_list(store, name) if r["id"] not in turned)
+        fit, stay = acceptable(store, name)
+        accept = tuple(row for row in fit if row not in turned)
+        stay = {row: why for row, why in stay.items() if row not in turned}
+        if not (accept or reject) and stay:
+            raise DataRefusedError(f"expected rows that can be taken in, found none: {_stay(stay)}")
     done = review_rows(store, name, accept=accept, reject=reject, actor=getuser(), reason=message)
     if as_json:
         print_json(done)
@@ -140,6 +151,15 @@ def review(
         f"{counted(len(done.accepted), 'row')} accepted{made}; {len(done.rejected):,} rejected; "
         f"{done.waiting:,} still waiting (decision {done.decision})"
     )
+    if stay:
+        click.echo(f"not taken in: {_stay(stay)}", err=True)
+
+# %% ../../nbs/cli/26_data_quality.ipynb #ddba5474
+def _stay(why: Mapping[str, str]) -> str:
+    """The rows that nobody can take in, each with why, in few words."""
+    said = "; ".join(f"{row}: {reason}" for row, reason in list(why.items())[:5])
+    more = f" and {len(why) - 5:,} more" if len(why) > 5 else ""
+    return f"{said}{more}; correct and deliver them again, or turn them down with --reject KEY"
 
 # %% ../../nbs/cli/26_data_quality.ipynb #d83a418e
 def _one_name(names: Sequence[str]) -> str:

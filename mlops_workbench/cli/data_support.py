@@ -9,7 +9,7 @@ import getpass
 import json
 import sys
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,7 @@ def version_columns(
 ) -> dict[str, Any]:
     """Key, label and, for the recipe's data set, schema and features; raises UsageError when a column must be named."""
     from mlops_workbench.pipeline.data_rollback import base_version
-    from mlops_workbench.recipes.protocol import load_recipe
+    from mlops_workbench.recipes.protocol import load_recipe, needed_columns
 
     recipe = load_recipe(store.workspace.settings.workspace.recipe, store.root)
     known: dict[str, Any] = {"key": key, "label": label}
@@ -89,7 +89,7 @@ def version_columns(
         features = recipe.features
         known = {"key": known["key"] or features.key, "label": known["label"] or features.label}
         known |= {"schema": recipe.schema(), "features": [each.name for each in features.features]}
-        known["classes"] = features.classes
+        known |= {"classes": features.classes, "needed": needed_columns(recipe)}
     for option in ("key", "label"):
         if not known[option]:
             there = ", ".join(map(str, columns[:20]))
@@ -120,6 +120,7 @@ def take_rows(
     schema: Any = None,
     features: Sequence[str] | None = None,
     classes: Sequence[str] = (),
+    needed: Collection[str] | None = None,  # columns that must be there; None: all of those before
     append: bool = False,
     replace: bool = False,  # also when the table has less than half of the rows before
     order: Sequence[str] = (),
@@ -144,12 +145,13 @@ def take_rows(
         pictures = pictures or (base.pictures if base is not None else "")
         names: dict[str, Any] = {"key": key, "label": label}
         by = {"actor": getpass.getuser()}
-        needed = [label, *order, *([pictures] if pictures else [])]
-        delivery = deliver(store, base, rows, key, required=needed, append=append, force=force)
+        required = [label, *order, *([pictures] if pictures else [])]
+        delivery = deliver(store, base, rows, key, required=required, append=append, force=force)
         how: dict[str, Any] = {
             "schema": schema,
             "features": features,
             "classes": classes,
+            "needed": needed,
             "skip": order,
             "pictures": pictures,
         }
@@ -207,17 +209,21 @@ def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any
     version = intake.version
     assert version is not None, "a refusal is an error"
     if as_json:
-        waiting = {"held": intake.held, "quarantine": intake.quarantine and intake.quarantine.ref}
+        waiting: dict[str, Any] = {"held": intake.held, "counts": intake.counts}
+        waiting["quarantine"] = intake.quarantine and intake.quarantine.ref
         about = {"unchanged": version.unchanged, "validation": version.validation}
         print_json({**version.summary(), **about, **waiting, **more})
         return
     verdict = "unchanged" if version.unchanged else "forced" if version.forced else "stored"
-    click.echo(f"{version.ref}  {verdict}  {counted(version.rows, 'row')} {what}")
+    counts = f": {intake.counts.text()}" if intake.counts is not None else ""
+    click.echo(f"{version.ref}  {verdict}  {counted(version.rows, 'row')} {what}{counts}")
     if intake.report is not None and intake.report.problems and version.parent:
         judged = counted(intake.report.rows, "new or changed row")
         click.echo(f"  {judged} beside the {intake.report.previous_rows:,} of {version.parent}:")
     for problem in [] if intake.report is None or version.unchanged else intake.report.problems:
         click.echo(f"  {problem.severity}: {problem.column}: {problem.text}")
+    for note in [] if intake.report is None or version.unchanged else intake.report.notes:
+        click.echo(f"  remark: {note}")
     if intake.quarantine is not None:
         click.echo(
             f"{counted(intake.held, 'row')} held back in {intake.quarantine.ref}: see them with `mwb data review {name}`"

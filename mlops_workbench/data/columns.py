@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     import pandera.pandas as pandera
 
 # %% auto #0
-__all__ = ['MISSING', 'RANGE_SHARE', 'ABSURD', 'UNKNOWN_SHARE', 'CERTAIN', 'FEW', 'check_schema', 'usual_change', 'check_missing',
-           'check_range', 'check_categories', 'column_kind', 'check_against', 'fit_cells', 'check_label_gaps',
-           'check_keys']
+__all__ = ['MISSING', 'RANGE_SHARE', 'ABSURD', 'UNKNOWN_SHARE', 'CERTAIN', 'FEW', 'ODD_SIGN', 'MANY', 'check_schema',
+           'usual_change', 'check_missing', 'usual_values', 'check_range', 'check_categories', 'column_kind',
+           'check_against', 'check_keys']
 
 # %% ../../nbs/data/34_columns.ipynb #bbdcef3a
 MISSING = "the column is missing"
@@ -76,6 +76,7 @@ ABSURD = 10  # widths of the range seen before: a single value so far outside is
 UNKNOWN_SHARE = 0.20  # of the rows that may have a category never seen before
 CERTAIN = 4.0  # standard errors beyond which chance alone explains nothing
 FEW = 200  # accepted rows that are too few to know the range or the categories
+ODD_SIGN = 0.001  # of the accepted values may be below 0 and do not count as a sign of the column
 
 # %% ../../nbs/data/34_columns.ipynb #6ea889f4
 def usual_change(
@@ -117,12 +118,23 @@ def check_missing(
     )
     return [replace(found, rows=())]  # a gap by itself is allowed: it is the share that is wrong
 
+# %% ../../nbs/data/34_columns.ipynb #3929c931
+MANY = 500  # accepted values, none below 0, that make one far below 0 no measurement
+
+
+def usual_values(cells: pd.Series) -> pd.Series:
+    """The numbers of a column, without the few below 0 that a column without a sign got by mistake."""
+    known = cells.dropna().astype(float)
+    known = known[np.isfinite(known)]
+    below = known < 0
+    return known[~below] if below.mean() <= ODD_SIGN else known
+
 # %% ../../nbs/data/34_columns.ipynb #3325cc4d
 def check_range(
     frame: pd.DataFrame, previous: pd.DataFrame, column: str, key: str
 ) -> list[Problem]:
     """A finding when numbers lie further outside the range seen before than that range is wide."""
-    known = previous[column].dropna().astype(float)
+    known = usual_values(previous[column])
     if not len(known) or known.max() == known.min():
         return []
     width = known.max() - known.min()
@@ -130,17 +142,10 @@ def check_range(
     values = frame[column].astype(float)
     outside = (values < low) | (values > high)
     if not outside.any():
-        below = values < 0
-        if known.min() < 0 or not below.any() or len(previous) < FEW:
-            return []
-        text = f"{counted(int(below.sum()), 'value')} below 0, first {values[below].iloc[0]:g}, where none was before"
-        rule = "no values below 0, as before"
-        told = row_problem(
-            frame, below, key=key, column=column, rule=rule, text=text, severity="remark"
-        )
-        return [told]
+        return []
     large = outside.mean() > RANGE_SHARE
     absurd = (values < known.min() - ABSURD * width) | (values > known.max() + ABSURD * width)
+    absurd |= (values < low) & (known.min() >= 0) & (len(known) >= MANY)
     severity: Severity = "remark"
     if len(previous) >= FEW and (large or absurd.any()):
         severity, outside = "refuse", outside if large else absurd
@@ -195,6 +200,7 @@ def check_against(
     allowed_missing: float,
     skip: Sequence[str] = (),  # columns that move by themselves, such as the time
     unread: Mapping[str, Collection[int]] = MappingProxyType({}),  # column -> places of `fit_cells`
+    needed: Collection[str] | None = None,  # what the recipe uses; None: every column
 ) -> list[Problem]:
     """The findings about every column of the version before, and a remark for each that it does not have."""
     problems = [
@@ -210,7 +216,10 @@ def check_against(
         if column not in frame:
             rule = "all columns of the version before"
             text = f"{MISSING}{_hint(column, frame, previous)}"
-            problems.append(Problem(column, rule, len(frame), (), text))
+            severity: Severity = "refuse"
+            if needed is not None and column not in needed:
+                text, severity = f"{MISSING}; no recipe uses it", "remark"
+            problems.append(Problem(column, rule, len(frame), (), text, severity))
             continue
         problems += check_missing(
             frame, previous, column, key, allowed_missing, unread.get(column, ())
@@ -229,52 +238,7 @@ def check_against(
             problems += check_categories(frame, previous, column, key)
     return problems
 
-# %% ../../nbs/data/34_columns.ipynb #a3893110
-def fit_cells(
-    frame: pd.DataFrame, previous: pd.DataFrame | None, key: str, label: str
-) -> tuple[pd.DataFrame, list[Problem]]:
-    """The rows with a gap in place of each text in a column of numbers, and the findings about those rows.
-
-    A column of which more than half is text is another column, and stays as it is.
-    """
-    problems: list[Problem] = []
-    if previous is None:
-        return frame, problems
-    for name in previous.columns:
-        if name == key or name not in frame or column_kind(previous[name]) != "numbers":
-            continue
-        if column_kind(frame[name]) != "text":
-            continue
-        numbers = pd.to_numeric(frame[name], errors="coerce")
-        wrong = numbers.isna() & frame[name].notna()
-        if not wrong.any() or wrong.mean() > 0.5:
-            continue
-        first = shorten(frame.loc[wrong, name].iloc[0], 40)
-        what = "an unknown label" if name == label else "text in place of a number"
-        text = f"{rows_in_words(int(wrong.sum()))} with {what}, first {first}"
-        rule = "one of the known labels" if name == label else "numbers"
-        problems.append(row_problem(frame, wrong, key=key, column=name, rule=rule, text=text))
-        frame = frame.assign(**{name: numbers})
-    return frame, problems
-
-# %% ../../nbs/data/34_columns.ipynb #41011251
-def check_label_gaps(
-    frame: pd.DataFrame, previous: pd.DataFrame, key: str, label: str
-) -> list[Problem]:
-    """A finding about rows without a label, where every row of the version before has one."""
-    if label not in frame or label not in previous or previous[label].isna().any():
-        return []
-    missing = frame[label].isna()
-    if not missing.any():
-        return []
-    text = f"{rows_in_words(int(missing.sum()))} without a label"
-    return [
-        row_problem(
-            frame, missing, key=key, column=label, rule="a label in every row, as before", text=text
-        )
-    ]
-
-
+# %% ../../nbs/data/34_columns.ipynb #b4c98ea4
 def check_keys(frame: pd.DataFrame, key: str) -> list[Problem]:
     """Findings about missing and doubled keys, and a missing key column."""
     if key not in frame:
@@ -282,7 +246,7 @@ def check_keys(frame: pd.DataFrame, key: str) -> list[Problem]:
     problems = []
     missing = frame[key].isna()
     if missing.any():
-        text = f"{rows_in_words(int(missing.sum()))} without"
+        text = f"{rows_in_words(int(missing.sum()))} without a key"
         found = row_problem(
             frame, missing, key=key, column=key, rule="a key in every row", text=text
         )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..core.copies import original_key
 from ..core.errors import shorten
+from .cells import check_sign
 from .columns import FEW, column_kind, usual_change
 from .findings import Problem, row_problem, rows_in_words
 from .permutation import number_scale
@@ -286,7 +287,7 @@ def check_consistency(
     """The findings of all checks of this notebook about the columns that both tables share."""
     problems, numbers = [], []
     checks: dict[str, Sequence[Callable[..., list[Problem]]]] = {
-        "numbers": (check_unit, check_constant),
+        "numbers": (check_unit, check_sign, check_constant),
         "text": (check_text, check_constant),
     }
     for name in previous.columns:
@@ -299,5 +300,9 @@ def check_consistency(
         if kind == "numbers" and name != key and not pd.api.types.is_bool_dtype(previous[name]):
             numbers.append(str(name))
         for check in (check_text,) if name == key and kind == "text" else checks.get(kind, ()):
-            problems += check(frame, previous, name, key) if name != key or kind == "text" else []
+            refused = any(p.column == name and p.severity == "refuse" for p in problems)
+            if not refused and (
+                name != key or kind == "text"
+            ):  # one fault of a column is said once
+                problems += check(frame, previous, name, key)
     return problems + check_relations(frame, previous, key, numbers)

@@ -53,6 +53,8 @@ def class_name(
     classes: Sequence[str],  # by number; none: labels are shown as they are
 ) -> str:
     """A label as a person calls it."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)  # among labels of which one is missing
     number = int(str(label)) if str(label).isdigit() else len(classes)
     return classes[number] if number < len(classes) else f"{label}"
 

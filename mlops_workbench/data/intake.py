@@ -5,7 +5,7 @@
 # %% ../../nbs/data/38_intake.ipynb #f40b4093
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,7 @@ from .findings import rows_in_words
 from .pictures import small_copy
 from .quarantine import hold_rows, split_batch
 from .records import DataVersion
-from .rows import hash_rows, key_texts
+from .rows import hash_rows, key_texts, label_texts
 from .stored import StoredVersion
 from .tables import check_frame, to_table
 from .validation import ValidationReport, validate_batch
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from mlops_workbench.data.versions import DataStore
 
 # %% auto #0
-__all__ = ['Delivery', 'Intake', 'added_rows', 'replacing_rows', 'deliver', 'picture_schema', 'judge', 'words', 'take_in']
+__all__ = ['Delivery', 'Counts', 'Intake', 'added_rows', 'replacing_rows', 'deliver', 'picture_schema', 'judge', 'words',
+           'take_in', 'count_rows']
 
 # %% ../../nbs/data/38_intake.ipynb #f2ee2e74
 @dataclass(frozen=True)
@@ -45,6 +46,24 @@ class Delivery:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What the rows of a delivery do to those before, by their keys."""
+
+    new: int
+    changed: int
+    relabelled: int  # of the changed
+    gone: int  # rows before that the table no longer has
+
+    def text(self) -> str:
+        """The counts in few words: 990 new, 10 changed (4 of them relabelled)."""
+        parts = [f"{self.new:,} new"]
+        if self.changed:
+            more = f" ({self.relabelled:,} of them relabelled)" if self.relabelled else ""
+            parts.append(f"{self.changed:,} changed{more}")
+        return ", ".join([*parts, *([f"{self.gone:,} gone"] if self.gone else [])])
+
+
+@dataclass(frozen=True)
 class Intake:
     """What became of a delivery."""
 
@@ -54,6 +73,9 @@ class Intake:
     rows: int = 0  # new ones that came in
     quarantine: DataVersion | None = None  # with the rows that wait
     held: int = 0  # rows that wait
+    counts: Counts | None = (
+        None  # of the rows that came in, beside those before; None: the first version or none came
+    )
 
 # %% ../../nbs/data/38_intake.ipynb #9185516a
 def _known_as_they_are(previous: pd.DataFrame, rows: pd.DataFrame, key: str) -> NDArray[np.bool_]:
@@ -158,6 +180,7 @@ def judge(
     skip: Sequence[str] = (),  # columns whose range moves by itself, such as the time
     pictures: str = "",  # the column that holds the content of files
     classes: Sequence[str] = (),  # what labels 0, 1, ... are called
+    needed: Collection[str] | None = None,  # columns that must be there; None: all of those before
 ) -> ValidationReport | None:
     """What the checks say of the new rows, beside those before; None when there is none."""
     if not delivery.new.any():
@@ -177,6 +200,7 @@ def judge(
         skip=skip,
         separate=True,
         classes=classes,
+        needed=needed,
     )
 
 # %% ../../nbs/data/38_intake.ipynb #0644fee1
@@ -226,7 +250,34 @@ def take_in(
     )
     if version.unchanged and waiting is None and not forced:
         verdict = "unchanged"
-    return Intake(verdict, report, version, came, waiting, len(held))
+    counts = None if version.unchanged else count_rows(delivery, table, key, label)
+    return Intake(verdict, report, version, came, waiting, len(held), counts)
+
+# %% ../../nbs/data/38_intake.ipynb #0111722d
+def count_rows(
+    delivery: Delivery,
+    table: pd.DataFrame,  # what is stored of it
+    key: str,
+    label: str,
+) -> Counts | None:
+    """How the stored table differs from the rows before; None without such rows."""
+    previous = delivery.previous
+    if previous is None or not len(previous):
+        return None
+    keys = set(delivery.batch[key])
+    came = table[table[key].isin(keys)]
+    places = pd.Index(previous[key]).get_indexer(came[key])
+    known = came[places >= 0]
+    before = previous.iloc[places[places >= 0]]
+    other = (
+        hash_rows(to_table(known)) != hash_rows(to_table(before.reindex(columns=known.columns)))
+        if len(known)
+        else np.zeros(0, dtype=np.bool_)
+    )
+    labels = label_texts(known[label]), label_texts(before[label])
+    relabelled = sum(now != then for now, then in zip(*labels, strict=True))
+    gone = int((~previous[key].isin(table[key])).sum())
+    return Counts(len(came) - len(known), int(other.sum()), relabelled, gone)
 
 # %% ../../nbs/data/38_intake.ipynb #e16c06a4
 def _without(delivery: Delivery, report: ValidationReport, key: str) -> pd.DataFrame:
@@ -249,21 +300,27 @@ def _without(delivery: Delivery, report: ValidationReport, key: str) -> pd.DataF
 
 # %% ../../nbs/data/38_intake.ipynb #94055a41
 def _fitted(table: pd.DataFrame, previous: pd.DataFrame | None) -> pd.DataFrame:
-    """The table with numbers again in columns that single rows, which wait now, had made text."""
+    """The table with the types of the version before in columns of which rows that wait now had made another."""
     found: dict[str, Any] = {}
     if previous is None:
         return table
     for name in previous.columns:
         kind = previous[name].dtype
-        was_number = pd.api.types.is_numeric_dtype(kind)
-        if name not in table or table[name].dtype != object or not was_number:
+        if name not in table or table[name].dtype == kind or not _is_number(previous[name]):
             continue
         numbers = pd.to_numeric(table[name], errors="coerce")
-        if not (numbers.isna() & table[name].notna()).any():
-            whole = pd.api.types.is_integer_dtype(kind)
-            fits = whole and numbers.notna().all() and (numbers % 1 == 0).all()
+        if (numbers.isna() & table[name].notna()).any():
+            continue
+        is_whole = pd.api.types.is_integer_dtype(kind) or pd.api.types.is_bool_dtype(kind)
+        fits = is_whole and numbers.notna().all() and (numbers % 1 == 0).all()
+        if fits or table[name].dtype == object:
             found[name] = numbers.astype(kind) if fits else numbers
     return table.assign(**found)
+
+
+def _is_number(cells: pd.Series) -> bool:
+    """True for a column of numbers or truth values."""
+    return bool(pd.api.types.is_numeric_dtype(cells.dtype))
 
 # %% ../../nbs/data/38_intake.ipynb #a61d2d82
 def _record(

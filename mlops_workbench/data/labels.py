@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAXIMUM_CATEGORIES', 'WIDE', 'MAXIMUM_ROWS', 'MAXIMUM_WIDE_ROWS', 'SHIFT_SPREAD', 'MINIMUM_REFERENCE',
-           'MINIMUM_BATCH', 'LIMIT', 'USUAL_SPREAD', 'encode_features', 'fit_judge', 'judge_out_of_fold', 'LabelReport',
-           'suspicious_labels', 'LabelCheck', 'check_labels']
+           'MINIMUM_BATCH', 'LIMIT', 'USUAL_SPREAD', 'Judged', 'encode_features', 'fit_judge', 'judge_out_of_fold',
+           'LabelReport', 'suspicious_labels', 'LabelCheck', 'check_labels']
 
 # %% ../../nbs/data/07_labels.ipynb #303a2f91
 import os
@@ -20,10 +20,18 @@ import pandas as pd
 
 from numpy.typing import NDArray
 from scipy import stats
+from scipy.special import logsumexp
 from sklearn.ensemble import ExtraTreesClassifier, HistGradientBoostingClassifier
 from threadpoolctl import threadpool_limits
 
 from ..core.errors import DataError
+from mlops_workbench.data.few_labels import (
+    FEWEST,
+    estimate_few,
+    most_disbelieved,
+    sharpened,
+    wrong_labels,
+)
 from mlops_workbench.data.label_noise import (
     Floats,
     Labels,
@@ -203,6 +211,7 @@ def _report(
     error: float,  # standard error of the share
     reference: int,
     usual: Floats | None = None,  # [classes], the shares that honest rows seem to have wrong
+    wrong: Floats | None = None,  # [n], of each row; default: as estimated
 ) -> LabelReport:
     """The ranked rows and the figures."""
     probabilities = np.exp(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
@@ -215,7 +224,7 @@ def _report(
             "label": [names[place] for place in labels],
             "likely": [names[place] for place in masked.argmax(axis=1)],
             "probability": scores,
-            "wrong": estimate.wrong,
+            "wrong": estimate.wrong if wrong is None else wrong,
         }
     ).sort_values("wrong", ascending=False, kind="stable", ignore_index=True)
     spread = (
@@ -313,7 +322,7 @@ def _check_classes(names: Sequence[str], labels: Labels, label: str) -> None:
 
 # %% ../../nbs/data/07_labels.ipynb #92ecb46a
 MINIMUM_REFERENCE = 200  # accepted rows
-MINIMUM_BATCH = 50  # new rows
+MINIMUM_BATCH = 50  # new rows from which on a share of wrong labels is estimated
 
 # %% ../../nbs/data/07_labels.ipynb #25f9564b
 LIMIT = 0.995  # one-sided, of the prediction for one more honest block
@@ -330,7 +339,7 @@ class LabelCheck:
     report: LabelReport
     share: float  # of wrong labels, estimated
     usual: float  # the same estimate for honest blocks of the accepted rows, on average
-    limit: float  # what one more honest block would stay below, in 99.5 of 100 cases
+    limit: float  # what one more honest block would stay below, in 99.5 of 100 cases (few rows: 99)
     allowed: float  # excess over `usual` that is tolerated
     blocks: int
 
@@ -388,10 +397,8 @@ def check_labels(
     reference = reference[~reference[key].isin(frame[key])]
     names, (new, old) = _label_numbers(frame[label], reference[label])
     _check_classes(names, old[old >= 0], label)
-    if (new >= 0).sum() < MINIMUM_BATCH:
-        raise DataError(
-            f"expected at least {MINIMUM_BATCH} new rows to judge their labels, found {(new >= 0).sum()}"
-        )
+    if not (new >= 0).any():
+        raise DataError(f"expected new rows with a label in {label!r}, found none; add the labels")
     (batch, known), categories = encode_features([frame[new >= 0], reference[old >= 0]], features)
     new, old = new[new >= 0], old[old >= 0]
     chosen = _sample(len(old), MAXIMUM_WIDE_ROWS if batch.shape[1] > WIDE else MAXIMUM_ROWS, seed)
@@ -399,16 +406,54 @@ def check_labels(
     folds = _blocks(old, int(np.clip(len(old) // max(len(new), 300), 4, 8)), seed)
     logits = judge_out_of_fold(known, old, categories, len(names), folds, seed)
     factor = temperature(logits, old)
-    shifts = np.array([estimate_shift(factor * logits[fold], old[fold]) for fold in folds])
-    spread = max(SHIFT_SPREAD, 2 * float(np.sqrt(np.mean(shifts[:, :-1] ** 2))))
-    parts = np.array([_noise_by_class(factor * logits[fold], old[fold], spread) for fold in folds])
-    honest = parts.sum(axis=1)
     judged = factor * fit_judge(known, old, categories, len(names), seed)(batch)
-    estimate = estimate_noise(judged, new, spread)
+    keys = frame.loc[_has_label(frame[label]), key]
+    judge = _judge_few if len(new) < MINIMUM_BATCH else _judge_many
+    return judge(keys, names, (judged, new), (factor * logits, old), folds, allowed)
+
+# %% ../../nbs/data/07_labels.ipynb #81dca844
+Judged = tuple[Floats, Labels]  # log probabilities [rows, classes], given labels [rows]
+
+
+def _judge_many(
+    keys: pd.Series,
+    names: Sequence[str],
+    batch: Judged,
+    known: Judged,  # out of fold
+    folds: Sequence[NDArray[np.int64]],
+    allowed: float,
+) -> LabelCheck:
+    """Whether the estimated share of wrong labels is beyond that of blocks of accepted rows."""
+    logits, old = known
+    shifts = np.array([estimate_shift(logits[fold], old[fold]) for fold in folds])
+    spread = max(SHIFT_SPREAD, 2 * float(np.sqrt(np.mean(shifts[:, :-1] ** 2))))
+    parts = np.array([_noise_by_class(logits[fold], old[fold], spread) for fold in folds])
+    honest = parts.sum(axis=1)
+    estimate = estimate_noise(*batch, spread)
     limit, error = _prediction_limit(honest, estimate.standard_error)
-    usual, keys = float(honest.mean()), frame.loc[_has_label(frame[label]), key]
-    report = _report(keys, names, judged, new, estimate, error, len(old), parts.mean(axis=0))
-    return LabelCheck(report, estimate.share, usual, limit, allowed, len(folds))
+    wrong = wrong_labels(estimate, *batch, *known)
+    report = _report(keys, names, *batch, estimate, error, len(old), parts.mean(axis=0), wrong)
+    return LabelCheck(report, estimate.share, float(honest.mean()), limit, allowed, len(folds))
+
+# %% ../../nbs/data/07_labels.ipynb #dabbf0ee
+def _judge_few(
+    keys: pd.Series,
+    names: Sequence[str],
+    batch: Judged,
+    known: Judged,  # out of fold
+    folds: Sequence[NDArray[np.int64]],
+    allowed: float,
+) -> LabelCheck:
+    """Whether more labels are disbelieved than among as many accepted rows; fewer than `FEWEST` always fit."""
+    (judged, new), (logits, old) = batch, known
+    own = np.exp(judged - logsumexp(judged, axis=1, keepdims=True))[np.arange(len(new)), new]
+    estimate = estimate_few(sharpened(own, logits, old), new, len(names))
+    disbelieved = logits.argmax(axis=1) != old
+    most = most_disbelieved(disbelieved, len(new), allowed) if len(new) >= FEWEST else len(new)
+    share = float((judged.argmax(axis=1) != new).mean())
+    report = _report(keys, names, judged, new, estimate, estimate.standard_error, len(old))
+    usual = float(disbelieved.mean())
+    return LabelCheck(report, share, usual, most / len(new), allowed, len(folds))
 
 # %% ../../nbs/data/07_labels.ipynb #9630b7c7
 def _noise_by_class(logits: Floats, labels: Labels, spread: float) -> Floats:

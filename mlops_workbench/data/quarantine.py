@@ -16,7 +16,9 @@ from ..core.clock import iso, now
 from ..core.errors import DataError, UsageError, shorten
 from ..core.ledger import Ledger
 from .defaults import data_slot, default_versions, record_default
-from .findings import class_name, rows_in_words
+from .acceptable import in_types, why_unfit
+from .findings import EXAMPLES, class_name, rows_in_words
+from .forced import REVIEW
 from .records import DataVersion
 from .rows import hash_rows
 from .tables import to_table
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MARKS', 'WAITING', 'quarantine_name', 'split_batch', 'quarantined', 'waiting_names', 'hold_rows', 'Review',
-           'review_list', 'review_rows']
+           'review_list', 'acceptable', 'review_rows']
 
 # %% ../../nbs/data/36_quarantine.ipynb #4d877207
 MARKS = (
@@ -79,7 +81,7 @@ def split_batch(
         "quarantine_id": held[key].map(lambda cell: "(no key)" if pd.isna(cell) else str(cell)),
         "quarantine_state": WAITING,
         "quarantine_reason": ["; ".join(reasons[place]) for place in places],
-        "quarantine_label": given.map(lambda cell: None if pd.isna(cell) else str(cell)),
+        "quarantine_label": given.map(lambda cell: None if pd.isna(cell) else class_name(cell, ())),
         "quarantine_likely": pd.Series(doubt["likely"].tolist(), dtype=object),
         "quarantine_probability": doubt["wrong"].astype(float).to_numpy(),
         "quarantine_batch": source,
@@ -175,7 +177,7 @@ def review_list(
     """
     rows = quarantined(store, name, state)
     values = [column for column in rows.columns if column not in MARKS]
-    rows = rows.assign(twins=_twins(rows))
+    rows = rows.assign(twins=_twins(rows), unfit=_unfit(store, name, rows))
     copies = rows["twins"].value_counts()
     rows = rows.drop_duplicates("twins")
     return [
@@ -190,9 +192,33 @@ def review_list(
             "batch": row["quarantine_batch"],
             "at": row["quarantine_at"],
             "values": {column: row[column] for column in values},
+            "unfit": row["unfit"],  # why nobody can take it in; "" for a row that can be
         }
         for row in rows.to_dict("records")
     ]
+
+# %% ../../nbs/data/36_quarantine.ipynb #0990730a
+def _unfit(store: DataStore, name: str, rows: pd.DataFrame) -> list[str]:
+    """Why each waiting row cannot be taken into the data set; "" for one that can."""
+    if store.latest(name) is None or not len(rows):
+        return [""] * len(rows)
+    base = store.resolve(name)
+    needs_label = not store.rows(base)["label"].isna().any()
+    return why_unfit(rows, base.columns, key=base.key, label=base.label, needs_label=needs_label)
+
+
+def acceptable(store: DataStore, name: str) -> tuple[list[str], dict[str, str]]:
+    """The ids of the waiting rows that can be taken in together, and why not the others."""
+    rows = review_list(store, name)
+    key = store.resolve(name).key
+    keys = pd.Series([row["values"].get(key) for row in rows], dtype=object)
+    shared = keys.notna() & keys.duplicated(keep=False)
+    why = {
+        row["id"]: row["unfit"] or "another waiting row has its key: accept one of them"
+        for row, is_shared in zip(rows, shared, strict=True)
+        if row["unfit"] or is_shared
+    }
+    return [row["id"] for row in rows if row["id"] not in why], why
 
 # %% ../../nbs/data/36_quarantine.ipynb #ed2a0dd8
 def _called(label: Any, classes: Sequence[str]) -> str | None:
@@ -294,17 +320,27 @@ def _review(
 def _take_in(store: DataStore, name: str, taken: pd.DataFrame, default: str | None) -> DataVersion:
     """The data set with these rows as its next version."""
     base = store.resolve(default or name)
-    rows, previous = taken[list(base.columns)], store.load(base)
-    bad = rows[base.key].isna() | rows[base.key].duplicated(keep=False)
-    if bad.any():
+    previous = store.load(base)
+    why = {
+        row: reason
+        for row, reason in zip(taken["quarantine_id"], _unfit(store, name, taken), strict=True)
+        if reason
+    }
+    if why:
+        first = next(iter(why))
+        raise DataError(
+            f"expected rows that can be taken in, found {rows_in_words(len(why))} that cannot, first {first}: {why[first]}; "
+            "reject them, and deliver them again when they are right"
+        )
+    if (bad := taken[base.key].duplicated(keep=False)).any():
         first = taken.loc[bad, "quarantine_id"].iloc[0]
         raise DataError(
-            f"expected rows with a key of their own, found {int(bad.sum())} without one or with the same, first "
+            f"expected rows with a key of their own, found {int(bad.sum())} with the same, first "
             f"{shorten(first)}; accept one of them, reject the others"
         )
-    kept = previous[~previous[base.key].isin(rows[base.key])]
+    kept = previous[~previous[base.key].isin(taken[base.key])]
     try:
-        rows = rows.astype(previous.dtypes.to_dict())
+        rows = in_types(taken, previous)
     except (TypeError, ValueError) as error:
         raise DataError(
             f"expected rows that fit {base.ref}, found {error}; reject them, and deliver them again when they are right"
@@ -313,14 +349,16 @@ def _take_in(store: DataStore, name: str, taken: pd.DataFrame, default: str | No
     known = len(previous) - len(kept)
     instead = f", in place of {rows_in_words(known)} of the same key" if known else ""
     note = f"{rows_in_words(len(rows))} taken out of {quarantine_name(name)} by hand{instead}"
-    report = ValidationReport("accept", (), len(rows), len(previous), notes=(note,))
+    broken = zip(taken["quarantine_id"], taken["quarantine_reason"], strict=True)
+    told = (f"{row}: {reason}" for row, reason in list(broken)[:EXAMPLES])
+    report = ValidationReport("accept", (), len(rows), len(previous), notes=(note, *told))
     return store.snapshot(
         name,
         joined,
         key=base.key,
         label=base.label,
         message=note,
-        source_batch="review",
+        source_batch=REVIEW,
         report=report,
         parent=base.ref,
     )

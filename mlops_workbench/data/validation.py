@@ -19,13 +19,12 @@ from scipy import stats
 from ..core.digits import counted
 from ..core.errors import DataError, DataRefusedError, shorten
 from ..core.settings import DataSettings, Settings
+from .cells import check_label_gaps, fit_cells, said_once
 from mlops_workbench.data.columns import (
     MISSING,
     check_against,
     check_keys,
-    check_label_gaps,
     check_schema,
-    fit_cells,
     usual_change,
 )
 from .consistency import check_consistency
@@ -173,6 +172,7 @@ def check_batch_labels(
     seed: int,
 ) -> tuple[LabelCheck | LabelReport | None, list[Problem], list[str]]:
     """The finding about the labels, as a check, as problems, and as notes on what could not be checked."""
+    from mlops_workbench.data.few_labels import FEWEST
     from mlops_workbench.data.labels import check_labels, suspicious_labels
 
     others = [
@@ -196,7 +196,9 @@ def check_batch_labels(
                 return check, [_label_problem(check, label)], []
     except DataError as error:
         return (found[0] if found else None), [], [f"the labels were not checked: {error}"]
-    return found[0], [], []
+    few = len(frame) < FEWEST and previous is not None
+    text = f"the labels of {rows_in_words(len(frame))}: too few to judge them as a whole ({FEWEST} are needed)"
+    return found[0], [], [f"{text}; each was looked at by itself"] if few else []
 
 # %% ../../nbs/data/08_validation.ipynb #2085c96f
 def _label_problem(check: LabelCheck, label: str) -> Problem:
@@ -227,18 +229,19 @@ def _check_columns(
     limits: DataSettings,
     skip: Sequence[str],
     unread: Mapping[str, Collection[int]],  # of `check_against`
+    needed: Collection[str] | None,
+    classes: Sequence[str],
 ) -> list[Problem]:
     """The findings about keys, schema and columns, each said once."""
-    key = names["key"]
+    key, share = names["key"], limits.maximum_missing_share_change
     problems = check_keys(frame, key)
     if schema is not None:
         known = {problem.column for problem in problems}
-        problems += [
-            p for p in check_schema(frame, schema, key) if p.column != key or key not in known
-        ]
+        found = said_once(check_schema(frame, schema, key), names["label"], classes)
+        problems += [p for p in found if p.column != key or key not in known]
     if previous is None or key not in frame:
         return problems
-    found = check_against(frame, previous, key, limits.maximum_missing_share_change, skip, unread)
+    found = check_against(frame, previous, key, share, skip, unread, needed)
     missing = {problem.column for problem in found if problem.text.startswith(MISSING)}
     if not any(problem.column == names["label"] for problem in [*problems, *found]):
         found += check_label_gaps(frame, previous, **names)
@@ -294,16 +297,19 @@ def validate_batch(
     seed: int = 0,
     separate: bool = False,  # True: the caller stores only the rows that are not `held`
     classes: Sequence[str] = (),  # what labels 0, 1, ... are called
+    needed: Collection[str] | None = None,  # columns that must be there; None: all of those before
 ) -> ValidationReport:
     """Judge a batch before it becomes part of a data version; nothing is raised for a bad one."""
     limits = settings.data if isinstance(settings, Settings) else settings
     frame, names = frame.reset_index(drop=True), {"key": key, "label": label}
-    frame, unfit = fit_cells(frame, previous, key, label)
+    frame, unfit = fit_cells(frame, previous, key, label, classes)
     told = {(problem.column, place) for problem in unfit for place in problem.rows}
     unread = {problem.column: problem.rows for problem in unfit}
     problems = unfit + [
         problem
-        for problem in _check_columns(frame, previous, schema, names, limits, skip, unread)
+        for problem in _check_columns(
+            frame, previous, schema, names, limits, skip, unread, needed, classes
+        )
         if not problem.rows or not {(problem.column, place) for place in problem.rows} <= told
     ]
     if separate:

@@ -19,7 +19,7 @@ from ..data.validation import ValidationReport
 from ..monitoring.prediction_store import read_window
 from .outcome import Outcome, decided_by, standing_version, write_output
 from .stage import Stage
-from ..recipes.protocol import Recipe, delivered_rows
+from ..recipes.protocol import Recipe, delivered_rows, needed_columns
 from ..data.defaults import set_default_data
 
 # %% auto #0
@@ -95,6 +95,7 @@ def check_batch(
         schema=stage.recipe.schema(),
         features=[feature.name for feature in features.features],
         classes=features.classes,
+        needed=needed_columns(stage.recipe),
         skip=[str(features.key)] if stage.parameters.get("log_since") else [],  # ids of requests
     )
     known = 0 if previous is None else len(previous)

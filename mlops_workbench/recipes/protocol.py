@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Scalar', 'Arrays', 'SHIPPED', 'Recipe', 'label_numbers', 'encode', 'select_rows', 'split_by_time', 'split_by_hash',
-           'load_recipe', 'known_classes', 'tidy', 'feature_columns_as', 'number_rows', 'delivered_rows']
+           'load_recipe', 'known_classes', 'tidy', 'feature_columns_as', 'number_rows', 'needed_columns',
+           'delivered_rows']
 
 # %% ../../nbs/recipes/00_protocol.ipynb #6df490a2
 import contextlib
@@ -338,6 +339,13 @@ def feature_columns_as(features: FeatureSchema, frame: pd.DataFrame) -> "dict[st
         found[each.name] = _as_text(column) if each.kind == "category" else column
     return found
 
+# %% ../../nbs/recipes/00_protocol.ipynb #5e9c2e59
+def _as_keys(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Keys as text; an empty cell stays one, and does not make 7.0 of the key 7."""
+    if column.dtype.kind == "f" and (column.dropna() % 1 == 0).all():
+        column = column.astype("Int64")
+    return column.astype(object).map(lambda key: None if pd.isna(key) else str(key))
+
 # %% ../../nbs/recipes/00_protocol.ipynb #05292ac7
 def _converters(features: FeatureSchema) -> "dict[str, Callable[[pd.Series[Any]], pd.Series[Any]]]":
     """How the values of each column become those of the recipe's table."""
@@ -345,7 +353,7 @@ def _converters(features: FeatureSchema) -> "dict[str, Callable[[pd.Series[Any]]
     found: dict[str, Callable[[pd.Series[Any]], pd.Series[Any]]]
     found = {each.name: kinds[each.kind] for each in features.features if each.kind in kinds}
     if features.key:
-        found[features.key] = lambda column: column.astype(str)
+        found[features.key] = _as_keys
     found[features.label] = lambda column: pd.Series(
         label_numbers(features, column, delivered=True), column.index
     )
@@ -399,6 +407,13 @@ def number_rows(
 ) -> list[str]:
     """A key for each row of a table without one, such as 00000000-00000017."""
     return [f"{batch:08d}-{number:08d}" for number in range(rows)]
+
+# %% ../../nbs/recipes/00_protocol.ipynb #3f4f7d0a
+def needed_columns(recipe: Recipe) -> set[str]:
+    """The columns that a delivery must have: what the recipe reads, and nothing that came along once."""
+    features = recipe.features
+    names = {each.name for each in features.features} | {*recipe.slices, features.label}
+    return names | {name for name in (features.key, recipe.time_column) if name}
 
 # %% ../../nbs/recipes/00_protocol.ipynb #2197d1c1
 def delivered_rows(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
