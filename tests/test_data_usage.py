@@ -22,6 +22,7 @@ from pipeline_support import make_workspace, share_kernels, stage_cells
 from remotes_support import start_command
 
 from mlops_workbench.cli.main import main
+from mlops_workbench.core.errors import UsageError
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
 from mlops_workbench.data.defaults import default_versions, set_default_data, withdrawn_versions
@@ -31,7 +32,7 @@ from mlops_workbench.data.usage import used_by
 from mlops_workbench.data.versions import DataStore
 from mlops_workbench.pipeline.cycles import create_cycle, read_cycle
 from mlops_workbench.pipeline.data_gc import collect_data
-from mlops_workbench.pipeline.data_rollback import rollback_data
+from mlops_workbench.pipeline.data_rollback import base_version, rollback_data
 from mlops_workbench.pipeline.manifest import read_manifest
 from mlops_workbench.pipeline.runner import CycleResult, run_stages
 
@@ -230,6 +231,40 @@ def test_one_decision_moves_everything(
     remote = store.dvc.remote
     assert main(["data", "pull", "flights@v1.0", "--from", remote, *there]) == 0
     assert len(DataStore(Workspace.open(clone)).load("flights")) == 100
+
+
+def test_a_clone_builds_on_the_default_that_was_named_there(
+    store: DataStore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No ledger came with it: that v1.1 and v1.2 lay on the way to the default follows from the lineage."""
+    frame = table(400)
+    for rows in (100, 200, 300, 400):
+        store.snapshot("flights", frame[:rows], **NAMES)
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(store.root), str(clone)], check=True)
+    there = ["-w", str(clone)]
+    assert main(["data", "pull", *there]) != 0, "nothing was ever put into the clone's own remote"
+    assert "mwb data pull --from" in capsys.readouterr().err
+    remote = Path(store.dvc.remote)
+    monkeypatch.chdir(remote.parent)
+    assert main(["data", "pull", "--from", remote.name, *there]) == 0
+    capsys.readouterr()
+    assert main(["data", "rollback", "flights@v1.0", "--json", *there]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["withdrawn"] == ["flights@v1.1", "flights@v1.2", "flights@v1.3"]
+    base = base_version(Workspace.open(clone), "flights")
+    assert base is not None
+    assert base.ref == "flights@v1.0"
+
+
+@pytest.mark.parametrize("label", ["default", "Taken-back", "latest", "v2", "1.0", "V1.0"])
+def test_a_word_for_a_state_or_a_number_is_no_name(store: DataStore, label: str) -> None:
+    store.snapshot("flights", table(50), **NAMES)
+    with pytest.raises(UsageError, match="for example golden"):
+        name_version(store, "flights@v1.0", label)
 
 
 def test_a_lost_version_is_not_rolled_back_to(store: DataStore) -> None:

@@ -279,6 +279,12 @@ def test_checkout_writes_files_that_others_can_read(store: DataStore, tmp_path: 
     assert json.loads((folder / "_version.json").read_text())["ref"] == "flights@v1.0"
     store.checkout("flights@v1.1", folder)
     pd.testing.assert_frame_equal(pd.read_parquet(folder), second)
+    (folder / "more").mkdir()
+    (folder / "more" / "analysis.ipynb").write_text("mine")
+    with pytest.raises(UsageError, match=r"found also more/analysis\.ipynb; nothing was changed"):
+        store.checkout("flights@v1.0", folder)
+    assert (folder / "more" / "analysis.ipynb").read_text() == "mine"
+    assert json.loads((folder / "_version.json").read_text())["ref"] == "flights@v1.1"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match="name another folder"):

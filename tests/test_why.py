@@ -409,3 +409,19 @@ def test_rows_that_were_corrected_since_are_neither_accused_nor_left_out(tmp_pat
     assert back.verdict == "nobody", back.summary
     told = back.finding("data").text, back.finding("seed noise").text
     assert all("the better one" in text for text in told), told
+
+
+def test_only_rows_in_which_the_two_versions_differ_are_named(tmp_path: Path) -> None:
+    """Of 300 rows that were forced in the good version has 200 as well: they explain no difference."""
+    store = DataStore(create_workspace(tmp_path / "w", name="digits", recipe="digits"))
+    rows = digits.source("0:900")
+    how = {"key": "picture_id", "label": "label"}
+    first = store.snapshot("digits", rows[:600], **how).ref
+    refused = ValidationReport("refuse", (), 300, 600)
+    half_wrong = pd.concat([rows[:800], off_by_one(rows[800:])], ignore_index=True)
+    second = store.snapshot("digits", half_wrong, force=True, report=refused, **how).ref
+    good = store.snapshot("digits", rows[:800], parent=first, **how).ref
+    found = diagnose(store.workspace, digits, good=good, bad=second)
+    assert found.culprit is not None
+    assert set(found.culprit.suspicious_keys) == set(rows["picture_id"][800:])
+    assert {len(keys) for keys in found.culprit.forced.values()} == {100}

@@ -57,7 +57,7 @@ def infer_schema(
     if file is None:
         print_json({"ref": version.ref, "schema": text}) if as_json else click.echo(text, nl=False)
         return
-    frame = read_file(Path.cwd(), str(file))
+    frame = _as_delivered(store, version.name, read_file(Path.cwd(), str(file)))
     found = check_schema(frame, build_schema(rules, version.ref), version.key)
     rows = [
         {"column": p.column, "rule": p.rule, "rows": p.count, "keys": list(p.examples)}
@@ -71,6 +71,16 @@ def infer_schema(
             f"expected rows as in {version.ref}, found {len(found)} broken rules in {file}; correct the rows, or "
             f"widen the rules: mwb data infer-schema {version.ref}"
         )
+
+# %% ../../nbs/cli/26_data_quality.ipynb #38b9bb4f
+def _as_delivered(store: Any, name: str, frame: Any) -> Any:
+    """The rows as a snapshot would take them in: classes by number, columns in the recipe's types."""
+    from mlops_workbench.recipes.protocol import delivered_rows, known_classes, load_recipe
+
+    if not known_classes(store.workspace, name):
+        return frame
+    recipe = load_recipe(store.workspace.settings.workspace.recipe, store.root)
+    return delivered_rows(recipe, frame)
 
 # %% ../../nbs/cli/26_data_quality.ipynb #f9519220
 def _dataset(store: Any) -> str:

@@ -59,7 +59,7 @@ def _tell(moved: Transfer, as_json: bool) -> None:
     "remote",
     default="",
     metavar="REMOTE",
-    help="Not the one of settings.ini: a folder, s3://bucket/folder, ssh://user@host/folder, or a name.",
+    help="Not the one of settings.ini: a folder (from where you are), s3://bucket/folder, ssh://user@host/folder, or a name.",
 )
 @workspace_option
 @json_option
@@ -86,7 +86,7 @@ def push(refs: tuple[str, ...], remote: str, workspace: Path | None, as_json: bo
     "remote",
     default="",
     metavar="REMOTE",
-    help="Not the one of settings.ini: a folder, s3://bucket/folder, ssh://user@host/folder, or a name.",
+    help="Not the one of settings.ini: a folder (from where you are), s3://bucket/folder, ssh://user@host/folder, or a name.",
 )
 @workspace_option
 @json_option

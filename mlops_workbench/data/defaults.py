@@ -33,13 +33,21 @@ def taken_back(
     former: Sequence[str],  # versions that were the default once
     default: str,
 ) -> frozenset[str]:
-    """The versions that were the default, or came from such a one, and that the default does not stand on."""
+    """The versions that were the default, lay on the way to such a one or came from it, and that the default does not stand on.
+
+    What lay on the way follows from the lineage: a clone has not seen that it was the default.
+    """
     line: set[str] = set()
     at: str | None = default
     while at is not None and at not in line:
         line.add(at)
         at = parents.get(at)
-    found = set(former) - line
+    found: set[str] = set()
+    for once in former:
+        at = once
+        while at is not None and at not in line | found:
+            found.add(at)
+            at = parents.get(at)
     for ref, parent in parents.items():
         if parent in found and ref not in line:
             found.add(ref)

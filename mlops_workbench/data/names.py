@@ -33,11 +33,12 @@ if TYPE_CHECKING:
     from mlops_workbench.data.versions import DataStore
 
 # %% auto #0
-__all__ = ['NUMBERED', 'NamedVersion', 'check_label', 'named_versions', 'name_version', 'remove_name', 'whole_ref',
+__all__ = ['NUMBERED', 'STATES', 'NamedVersion', 'check_label', 'named_versions', 'name_version', 'remove_name', 'whole_ref',
            'with_data_set', 'find_version']
 
 # %% ../../nbs/data/21_names.ipynb #3528723a
 NUMBERED = re.compile(r"v\d{1,9}\.\d{1,9}")
+STATES = ("default", "taken back", "forced", "latest", "quarantine")  # what is said of versions
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,14 @@ class NamedVersion:
 
 # %% ../../nbs/data/21_names.ipynb #6f287f1b
 def check_label(label: str) -> str:
-    """The label if git can carry it and no version is called so; else UsageError."""
-    if NUMBERED.fullmatch(label):
+    """The label if git can carry it, and it is neither like a version's number nor a word for a state; else UsageError."""
+    if re.fullmatch(r"v?\d+(\.\d+)*", label, re.IGNORECASE):
         raise UsageError(
             f"expected a name for a version, found {label!r}, which versions are numbered with; for example golden"
+        )
+    if re.sub("[-_.]", " ", label.lower()) in STATES:
+        raise UsageError(
+            f"expected a name of your own, found {label!r}, which `mwb data list` says of versions itself; for example golden"
         )
     try:
         return check_name(label)

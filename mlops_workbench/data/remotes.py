@@ -66,7 +66,7 @@ class Remote:
 # %% ../../nbs/data/22_remotes.ipynb #b40b1558
 def find_remote(
     store: DvcStore,
-    wanted: str = "",  # an address or a name; empty: the remote of the settings
+    wanted: str = "",  # an address (a folder from where one is) or a name; empty: the remote of the settings
 ) -> Remote:
     """The remote that a person means; raises UsageError for an address that leads nowhere."""
     if not wanted:
@@ -78,7 +78,7 @@ def find_remote(
     }
     if wanted in known:
         return Remote(wanted, check_address(store.root / ".dvc", known[wanted]))
-    address = check_address(store.root, wanted)
+    address = check_address(Path.cwd(), wanted)
     name = next((name for name, url in known.items() if url.rstrip("/") == address), "other")
     return Remote(REMOTE if address == store.remote else name, address)
 

@@ -243,6 +243,8 @@ def pull(
     Raises IntegrityError when the remote has no whole copy, RemoteError when it refuses.
     """
     counts, begun = _Counts("pull"), time.monotonic()
+    if not remote:
+        _check_filled(store, refs)
     for batch in _batches(store, refs, remote, progress):
         mended = [
             path.parent.name + path.name
@@ -269,6 +271,18 @@ def pull(
             )
         counts.add(batch, objects, new, mended, {md5: batch.local_size(md5) for md5 in new})
     return counts.transfer(time.monotonic() - begun)
+
+# %% ../../nbs/data/23_transfer.ipynb #841fcbbd
+def _check_filled(store: DataStore, refs: Sequence[str]) -> None:
+    """DataError where versions are wanted from the folder that a workspace has by itself, and nothing was ever put there."""
+    own = store.dvc.local_remote
+    if store.workspace.settings.data.remote or own is None or any(own.glob("*/*")):
+        return
+    if wanted := _unlisted(store, refs):
+        raise DataError(
+            f"expected {wanted[0]} in {store.dvc.remote}, found nothing there: `remote` under [data] in settings.ini is empty; "
+            "say where the versions were pushed to: mwb data pull --from FOLDER (or s3://..., ssh://...)"
+        )
 
 # %% ../../nbs/data/23_transfer.ipynb #ec0c3025
 def _cached(cache: Path) -> set[str]:

@@ -77,6 +77,9 @@ def rows_html(data: Record, shown: int = 10) -> str:
     """Return the guilty rows, or those to look at where no fall is shown, the most suspicious first."""
     ranked = data.get("rows") or []
     rows = [row for row in ranked if row.get("guilty", True)]
+    named = data.get("guilty_keys")
+    if data.get("effect_verdict") == "not worse" and data.get("suspicious_keys"):
+        named = data["suspicious_keys"]  # what the remedy leaves out
     if not rows and data.get("suspicious_keys"):
         rows = ranked
     pictures, values = (any(row.get(n) for row in rows[:shown]) for n in ("picture", "values"))
@@ -87,7 +90,7 @@ def rows_html(data: Record, shown: int = 10) -> str:
     ]  # fmt: skip
     if not cells:
         return ""
-    total = len(data.get("guilty_keys") or data.get("suspicious_keys") or rows)
+    total = len(named or data.get("suspicious_keys") or rows)
     columns = [
         *(["picture"] if pictures else []),
         "row",

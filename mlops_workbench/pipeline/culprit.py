@@ -240,9 +240,13 @@ def most_suspicious(
 
 # %% ../../nbs/pipeline/50_culprit.ipynb #c83e3fd3
 def refused_keys(inquiry: Inquiry) -> dict[str, tuple[Any, ...]]:
-    """The keys of rows that forced versions on the line brought and the last version still has as they came, by version."""
+    """The keys of rows that forced versions on the line brought, by version.
+
+    Only what the last version still has as it came, and the first has not: what both have explains no difference.
+    """
     found: dict[str, tuple[Any, ...]] = {}
     key, last = str(inquiry.recipe.features.key), inquiry.store.resolve(inquiry.line[-1])
+    first = row_index(inquiry.store, inquiry.line[0])
     for ref in inquiry.line[1:]:
         if inquiry.store.resolve(ref).forced:
 
@@ -250,7 +254,9 @@ def refused_keys(inquiry: Inquiry) -> dict[str, tuple[Any, ...]]:
                 return at.ref == ref
 
             brought = rows_brought_by(inquiry.store, last, is_it)
-            found[ref] = tuple(inquiry.rows(inquiry.line[-1])[key][brought])
+            brought &= ~row_index(inquiry.store, last).isin(first)
+            if brought.any():
+                found[ref] = tuple(inquiry.rows(inquiry.line[-1])[key][brought])
     return found
 
 

@@ -236,8 +236,9 @@ def choose_remedy(
     if diagnosis.verdict == "data" and culprit is not None and culprit.change is not None:
         return _data_remedy(culprit, culprit.change, keys_file)
     if diagnosis.verdict == "not shown" and culprit is not None and keys_file:
-        refused = sum(len(keys) for keys in culprit.forced.values())
-        kind = f"{refused:,} forced and" if refused else f"{len(culprit.suspicious_keys):,}"
+        kind = f"{len(culprit.suspicious_keys):,}" + (
+            " forced and" if any(culprit.forced.values()) else ""
+        )
         return Remedy(
             _drop_command(
                 culprit, culprit.line[0], keys_file, f"{kind} suspicious rows, without a shown fall"
