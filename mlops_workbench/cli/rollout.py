@@ -123,8 +123,8 @@ def status(workspace: Path | None, as_json: bool) -> None:
     Example: mwb release status
     """
     from mlops_workbench.core.ledger import Ledger
+    from mlops_workbench.release.outlook import expected_move
     from mlops_workbench.release.rollout_evidence import read_evidence
-    from mlops_workbench.release.rollout_judge import next_move
 
     opened = Workspace.open(workspace)
     ledger = Ledger(opened.ledger_url)
@@ -146,7 +146,7 @@ def status(workspace: Path | None, as_json: bool) -> None:
         print_table(rows, as_json)
         return
     found = read_evidence(opened, rollout)
-    move = next_move(rollout, found, opened.settings.rollout)
+    move = expected_move(opened, rollout, found)
     if as_json:
         print_json(
             {
