@@ -84,7 +84,16 @@ def test_help_lists_every_installed_command(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_every_command_module_is_on_the_list() -> None:
-    shared = {"__init__", "main", "options", "starter", "run_report", "rollout", "regime"}
+    shared = {
+        "__init__",
+        "main",
+        "options",
+        "starter",
+        "run_report",
+        "rollout",
+        "rollout_plan",
+        "regime",
+    }
     shared |= {
         "data_support",
         "data_history",

@@ -300,9 +300,13 @@ def test_the_loop_waits_for_a_person_and_calls_once(tmp_path: Path) -> None:
     assert ledger.release(release.digest).status == "approved"
 
 
-def test_the_data_plane_by_roles(tmp_path: Path) -> None:
+def test_the_data_plane_by_roles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With `token = roles` every program has a token of its own, and a revoked one is refused at once."""
-    workspace, _, _ = release_pair(tmp_path / "w")
+    workspace, old, new = release_pair(tmp_path / "w")
+    deploy(workspace, new, actor="test")
+    monkeypatch.delenv("MWB_TOKEN", raising=False)
     place = workspace.root / "settings.ini"
     head, rest = place.read_text().split("[serving]\n", 1)
     rest = rest.replace("token =      ", "token = roles", 1)
@@ -314,6 +318,11 @@ def test_the_data_plane_by_roles(tmp_path: Path) -> None:
         server.wait_ready()
         ask = server.client(shop)
         assert ask.post("/predict", {"row": ROW}).status == 200
+        assert main(["rollback", "-w", str(workspace.root)]) == 0, (
+            "it was done, without a token too"
+        )
+        told = capsys.readouterr().out
+        assert f"{old} (flights@v1.0) serves again" in told and "follows by itself" in told, told
         assert server.client().post("/predict", {"row": ROW}).status == 401
         assert server.client("roles").post("/predict", {"row": ROW}).status == 401
         revoke(workspace, shop.split("_")[1], actor="test", reason="left")

@@ -1,6 +1,7 @@
 """What a rollout decides by a written log: late labels, no labels, no traffic, a log that is gone. It never goes forward blind."""
 
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from monitoring_support import write_log
 from rollout_support import decisions, release_pair, replace_setting
-from serving_support import ROW
+from serving_support import ROW, wait_until
 
+from mlops_workbench.cli.main import main
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.pipeline.loop import CurrentSettings, tend_always
 from mlops_workbench.release.rollout_evidence import Evidence, read_evidence
 from mlops_workbench.release.rollout_judge import tend_rollout
 from mlops_workbench.release.rollouts import start_rollout, the_rollout
@@ -157,3 +160,33 @@ def test_a_planned_end_without_a_word_keeps_the_former_release(tmp_path: Path) -
     looked = tend_rollout(workspace, actor="test", moment=time.time() + 3 * HOUR)
     assert looked is not None and looked[2].kind == "abort" and not looked[2].bar
     assert "by the planned 2,000 labelled rows: accuracy" in looked[2].reason
+
+
+def test_the_running_loop_goes_by_the_settings_of_this_moment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second person asked for, a file that cannot be read, a guard rail drawn closer: each counts at the next look."""
+    workspace = running(tmp_path, minimum_minutes=0, interval_seconds=0.2)
+    place, name = workspace.root / "settings.ini", "flights-r2"
+    labelled(workspace, answered(workspace, 3_000, hours=1 / HOUR), 0.5, 0.1, "labels")
+    text = place.read_text().replace("four_eyes = no ", "four_eyes = yes ")
+    place.write_text(text)
+    time.sleep(2.2)  # until the last of the answers has been given
+    said, stop = list[str](), threading.Event()
+    current = CurrentSettings(workspace, said.append)
+    loop = threading.Thread(target=tend_always, args=(current, stop, said.append))
+    loop.start()
+    try:
+        called = f"rollout-1: {name} waits for a second person: mwb release approve {name} -m WHY"
+        wait_until(lambda: called in said, 20, "the call for a second person")
+        assert main(["release", "status", "-w", str(workspace.root)]) == 0
+        assert "next      wait: waits for a second person" in capsys.readouterr().out
+        place.write_text(text.replace("[rollout]", "[rollout]\nalfa = 1"))
+        wait_until(lambda: "stay as they were" in said[-1] and "alfa" in said[-1], 20, "the word")
+        place.write_text(replace_setting(text, "latency_p99_ms", 0.5))
+        wait_until(lambda: decisions(workspace)[-1] == "aborted", 20, "the end of the rollout")
+    finally:
+        stop.set()
+        loop.join()
+    assert len(said) == 3, said
+    assert "gets no traffic any more: guard rail: p99 2.0 ms, at most 0.5 ms" in said[-1]

@@ -14,7 +14,7 @@ from test_rollout_records import outputs
 
 from mlops_workbench.cli.main import main
 from mlops_workbench.core.clock import iso, now, timestamp
-from mlops_workbench.core.errors import ConflictError
+from mlops_workbench.core.errors import ConflictError, UsageError
 from mlops_workbench.core.ledger import DecisionRow, Ledger
 from mlops_workbench.pipeline.decision_record import write_records
 from mlops_workbench.pipeline.loop import rehearse_due
@@ -87,6 +87,7 @@ def test_a_shock_is_met_by_the_special_and_both_ways_go_by_themselves(
     assert report["special_mean"] - report["ordinary_mean"] > 0.25
     gained = (report["special_mean"] - report["ordinary_mean"]) * report["labelled"]
     assert report["avoided"] == pytest.approx(gained, abs=1) and gained > 100
+    assert 0 < report["avoided_from"] < gained < report["avoided_to"]
     assert 0 <= report["first_answer_ms"] < 1000
     assert [d.verdict for d in ledger.decisions(kind="switch")] == ["back", "switched"]
     told = ledger.messages()[0].body
@@ -121,7 +122,10 @@ def test_a_rollout_waits_for_the_end_of_a_regime(tmp_path: Path) -> None:
         assert split(workspace) == {"champion": 1.0, "shadow": 0.0}
         here = ["-w", str(workspace.root), "-m", "a test"]
         assert main(["release", "promote", *here]) != 0  # not while the special serves
-        switch_back(workspace, **BY)
+        time.sleep(0.8)  # nobody asks: that is not the switch
+        traffic.send(3)
+        report = switch_back(workspace, **BY).evidence["report"]
+        assert 0 <= report["first_answer_ms"] < 700 and report["rows"] == 60
         going = ledger.open_rollout()
         assert going is not None and going.status == "running"
         assert split(workspace) == {"champion": 0.5, "challenger": 0.5, "special:storm": 0.0}
@@ -129,7 +133,9 @@ def test_a_rollout_waits_for_the_end_of_a_regime(tmp_path: Path) -> None:
         assert set(traffic.statuses) == {200}
 
 
-def test_a_persons_way_back_holds_against_the_calendar(tmp_path: Path) -> None:
+def test_a_persons_way_back_holds_against_the_calendar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Until the special is registered anew, or another window begins; and no rollout starts while a special serves."""
     workspace, old, new = release_pair(tmp_path / "w", **QUICK)
     start = now() - timedelta(hours=1)
@@ -143,6 +149,15 @@ def test_a_persons_way_back_holds_against_the_calendar(tmp_path: Path) -> None:
         pass
     there = tend_regimes(workspace, actor="controller")
     assert there is not None and there.evidence["by"] == "calendar"
+    assert main(["audit", "asof", str(timestamp()), "-w", str(workspace.root)]) == 0
+    told = capsys.readouterr().out
+    assert f"the special of sale, in place of {old}" in told and "put there: switch" in told, told
+    for wrong, why in (
+        (Regime("fog", new, when="mean of carrier above 10"), "expected a column of numbers"),
+        (Regime("fog", new, since="2026-01-01", until="2026-01-02"), "a time that is not over"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            register_regime(workspace, wrong, **BY)
     add_release(workspace, "flights-r3")
     with pytest.raises(ConflictError, match="found the special of sale; no rollout was started"):
         start_rollout(workspace, "flights-r3", actor="test", shares=(0.5,))

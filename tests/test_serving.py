@@ -38,6 +38,7 @@ from serving_support import (
     wait_until,
 )
 
+from mlops_workbench.cli.main import main
 from mlops_workbench.core.features import Feature, FeatureSchema
 from mlops_workbench.core.pointer import Pointer, SlotEntry, write_pointer
 from mlops_workbench.serving.models import load_model
@@ -562,7 +563,9 @@ def test_a_broken_release_never_answers(tmp_path: Path) -> None:
     assert {body["digest"] for _, _, body in load.answers} == {good.name}
 
 
-def test_not_ready_until_a_champion_is_loaded(tmp_path: Path, bundle: Path) -> None:
+def test_not_ready_until_a_champion_is_loaded(
+    tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     workspace = make_workspace(tmp_path / "w")
     with serving(tmp_path, "--workspace", str(workspace.root)) as server:
         client = server.client()
@@ -574,6 +577,8 @@ def test_not_ready_until_a_champion_is_loaded(tmp_path: Path, bundle: Path) -> N
         broken = build_bundle(tmp_path / "b", model=late_model(nan=True))
         point_at(workspace.pointer_path, broken, epoch=1)
         wait_until(lambda: client.get("/health").body["status"] == "no release", 10, "refusal")
+        assert main(["status", "-w", str(workspace.root)]) == 0
+        assert "answers nobody: it could not load the release" in capsys.readouterr().out
         assert "warm-up" in client.post("/predict", {"row": ROW}).body["error"]
         assert client.get("/ready").status == 503
         point_at(workspace.pointer_path, bundle, epoch=2)

@@ -75,6 +75,10 @@ def show_as_of(moment: str, workspace: Path | None, as_json: bool) -> None:
         click.echo(
             f"  {release['name']} served, since {release['since'][:19]} {until}; digest {release['digest'][:12]}"
         )
+        if special := release["special"]:
+            click.echo(
+                f"  the special of {special['regime']}, in place of {special['in_place_of']}"
+            )
         click.echo(f"  trained on {release['trained_on']}, run {release['run']}")
         for title, part in (("gates", release["gates"]), ("put there", release["put_there"])):
             if part:

@@ -19,7 +19,7 @@ from ..core.errors import UsageError
 from ..core.workspace import Workspace
 
 # %% auto #0
-__all__ = ['REGIME_COMMANDS', 'read_time', 'special', 'rehearse', 'switch', 'switch_reports']
+__all__ = ['REPORT_DIGITS', 'REGIME_COMMANDS', 'read_time', 'special', 'rehearse', 'switch', 'switch_reports']
 
 # %% ../../nbs/cli/19_regime.ipynb #61372e22
 def read_time(text: str | None) -> str:
@@ -72,7 +72,7 @@ def special(
 ) -> None:  # fmt: skip
     """Keep an approved release ready for a regime: loaded, without traffic. Without a name: list the regimes.
 
-    Example: mwb release special double-11 shop-r7 --from 2026-11-11 --until 2026-11-12
+    Example: mwb release special double-11 shop-r7 --from 2027-11-11 --until 2027-11-12
     """
     from mlops_workbench.release import regimes
 
@@ -154,13 +154,14 @@ def switch(
 
     Example: mwb release switch double-11
     """
-    from mlops_workbench.pipeline.deploy import wait_for_release
+    from mlops_workbench.pipeline.deploy import unheard, wait_for_release
     from mlops_workbench.pipeline.decision_record import start_writer
     from mlops_workbench.release import regimes
 
     opened = Workspace.open(workspace)
     if report:
-        print_table([_report_line(found) for found in switch_reports(opened)], as_json)
+        found = switch_reports(opened)
+        print_json(found) if as_json else print_table([_report_line(each) for each in found], False)
         return
     if bool(name) == back:
         raise UsageError(
@@ -174,9 +175,7 @@ def switch(
     start_writer(opened)
     seconds = wait_for_release(opened, decision.evidence["digest"], 30)
     heard = (
-        "no server of this workspace runs"
-        if seconds is None
-        else f"the server has it after {seconds * 1000:.0f} ms"
+        unheard(opened) if seconds is None else f"the server has it after {seconds * 1000:.0f} ms"
     )
     if as_json:
         print_json({**decision.evidence, "seconds": seconds})
@@ -198,15 +197,24 @@ def switch_reports(opened: Workspace) -> list[dict[str, Any]]:
     return [switch_report(opened, active), *over] if active is not None else over
 
 
+REPORT_DIGITS = {
+    "regime": None, "special": None, "ordinary": None, "by": None, "since": None, "first_answer_ms": 0, "rows": None,
+    "labelled": None, "metric": None, "special_mean": 3, "ordinary_mean": 3, "avoided": 1, "avoided_from": 1, "avoided_to": 1,
+}  # fmt: skip
+
+
 def _report_line(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A report as one line of a table."""
-    digits = {"first_answer_ms": 0, "special_mean": 3, "ordinary_mean": 3, "avoided": 1}
-    return {
-        name: round(value, digits[name])
-        if name in digits and isinstance(value, float) and value == value
-        else value
-        for name, value in found.items()
-    }
+    """A report as one line of a table; empty where nothing was measured."""
+    line = {}
+    for name, digits in REPORT_DIGITS.items():
+        value = found.get(name)
+        if isinstance(value, float) and digits is not None and value == value:
+            value = round(value, digits) + 0.0  # never -0
+        nothing = (
+            value is None or str(value) == "nan" or (name == "avoided" and not found["labelled"])
+        )
+        line[name] = "" if nothing else value
+    return line
 
 # %% ../../nbs/cli/19_regime.ipynb #7a6a1597
 REGIME_COMMANDS = (special, rehearse, switch)

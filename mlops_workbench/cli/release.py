@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,9 @@ from .regime import REGIME_COMMANDS
 from .rollout import ROLLOUT_COMMANDS
 from ..core.ledger import Ledger
 from ..core.workspace import Workspace
+
+if TYPE_CHECKING:
+    from mlops_workbench.core.ledger import ReleaseRow
 
 # %% auto #0
 __all__ = ['release', 'list_releases', 'show_release', 'clear', 'approve', 'import_model', 'trust']
@@ -46,11 +49,13 @@ def list_releases(workspace: Path | None, as_json: bool) -> None:
     opened = Workspace.open(workspace)
     ledger = Ledger(opened.ledger_url)
     slot = ledger.slot("champion")
+    seen = {d.subject for d in ledger.decisions(100_000, "approval") if d.verdict == "approved"}
     rows = [
         {
             "name": row.name,
-            "serves": "champion" if slot and slot.digest == row.digest else "",
+            "serves": _serving(opened) if slot and slot.digest == row.digest else "",
             "status": row.status,
+            **({"seen by": _seen_by(ledger, row) if row.name in seen else ""} if seen else {}),
             "data": row.data_version,
             "created": row.created_at,
             "digest": row.digest[:12],
@@ -58,6 +63,26 @@ def list_releases(workspace: Path | None, as_json: bool) -> None:
         for row in ledger.releases()
     ]
     print_table(rows, as_json)
+
+# %% ../../nbs/cli/20_release.ipynb #33e0c2f7
+def _serving(opened: Workspace) -> str:
+    """What the champion's line says: a server may have none of its releases in memory, as the files are not what they were."""
+    from mlops_workbench.serving.address import find_server
+
+    server = find_server(opened)
+    lost = server.ours and server.status == "no release"
+    return (
+        f"champion, but the server cannot load it: see {server.address}/health"
+        if lost
+        else "champion"
+    )
+
+
+def _seen_by(ledger: Ledger, row: ReleaseRow) -> str:
+    """Who approved just these files and this report of the gates as the second person."""
+    from mlops_workbench.release.approvals import approved_by
+
+    return ", ".join(dict.fromkeys(approved_by(ledger, row)))
 
 # %% ../../nbs/cli/20_release.ipynb #5080566c
 @release.command("show")
@@ -85,6 +110,8 @@ def show_release(name: str, workspace: Path | None, as_json: bool) -> None:
         for gate in gates
     ]
     record = {**vars(row), "rows": _rows_of(opened, row.data_version)}
+    if seen := _seen_by(ledger, row):
+        record["seen by"] = seen
     told = _told_by(Path(row.path))
     if as_json:
         print_json({**record, **told, "gates": rows})

@@ -34,7 +34,7 @@ def rollback(to: str | None, reason: str, bar: bool, workspace: Path | None) -> 
 
     from mlops_workbench.data.defaults import withdrawn_versions
     from mlops_workbench.pipeline.decision_record import start_writer
-    from mlops_workbench.pipeline.deploy import wait_for_release
+    from mlops_workbench.pipeline.deploy import unheard, wait_for_release
     from mlops_workbench.release import deployment
 
     opened = Workspace.open(workspace)
@@ -52,8 +52,9 @@ def rollback(to: str | None, reason: str, bar: bool, workspace: Path | None) -> 
         )
     answered = wait_for_release(opened, change.digest, 30.0) if server.ours else None
     if answered is None:
-        server = find_server(opened) if server.ours else server
-        click.echo(f"{server.unserved}; the next server of this workspace starts with this release")
+        ours = find_server(opened).ours
+        then = "" if ours else "; the next server of this workspace starts with this release"
+        click.echo(unheard(opened) + then)
     else:
         click.echo(
             f"first answer of {change.name} {time.monotonic() - start:.2f} s after the command"

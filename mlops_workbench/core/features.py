@@ -321,12 +321,18 @@ class FeatureSchema(BaseModel):
             raise ValueError("expected at most one image")
         identifiers = {name for name in (self.key, self.entity) if name}
         for name, way in self.private.items():
+            if name in self.ignored:
+                raise UsageError(
+                    f"expected a feature, the key or the entity as private, found {name!r}, which is among the ignored columns: "
+                    "these are never logged, so leave it out of `private`, or make it the entity"
+                )
             if name not in identifiers.union(names):
-                raise ValueError(
-                    f"expected a feature, the key or the entity as private, found {name!r}"
+                raise UsageError(
+                    f"expected a feature, the key or the entity as private, found {name!r}; there are: "
+                    f"{', '.join([*identifiers, *names])}"
                 )
             if way == "drop" and name in identifiers:
-                raise ValueError(
+                raise UsageError(
                     f"expected private {name!r} to be hashed, found drop; it tells who a row is about"
                 )
         return self

@@ -292,14 +292,20 @@ class Ledger:
             return [TokenRow(**row._mapping) for row in connection.execute(query)]
 
     def decisions(
-        self, limit: int = 100, kind: str | None = None, subject: str | None = None
+        self,
+        limit: int = 100,
+        kind: str | None = None,
+        subject: str | None = None,
+        number: int | None = None,
     ) -> list[DecisionRow]:
-        """The decisions, newest first."""
+        """The decisions, newest first; of one number, where it is given, that one."""
         query = select(decisions).order_by(decisions.c.id.desc()).limit(limit)
         if kind is not None:
             query = query.where(decisions.c.kind == kind)
         if subject is not None:
             query = query.where(decisions.c.subject == subject)
+        if number is not None:
+            query = query.where(decisions.c.id == number)
         with transaction(self._engine) as connection:
             return [
                 DecisionRow(**{**row._mapping, "evidence": json.loads(row.evidence)})

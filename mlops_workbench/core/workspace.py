@@ -41,6 +41,10 @@ class Workspace:
             )
         return cls(root=root, settings=load_settings(root, overrides=overrides))
 
+    def as_set_now(self) -> "Workspace":
+        """This workspace with what settings.ini says at this moment, for who works for days; SettingsError."""
+        return Workspace.open(self.root)
+
     @property
     def name(self) -> str:
         """The name of the workspace."""

@@ -243,10 +243,12 @@ def _details(measured: Measured) -> dict[str, str]:
     latency = [
         f"{n} {_text(getattr(service, f'latency_{n}_ms'), '{:.1f} ms')}" for n in ("p50", "p99")
     ]
+    several = service.requests != measured.service.requests
+    by, of_all = (" by this release", " of all releases") if several else ("", "")
     details = {
-        "rate": f"{counted(measured.service.requests, 'request')}, {counted(measured.rows, 'row')}",
+        "rate": f"{counted(measured.service.requests, 'request')}, {counted(measured.rows, 'row')}{of_all}",
         "latency": ", ".join(latency),
-        "errors": f"{counted(service.errors, 'error')}, {service.refused} refused, {service.requests} answered",
+        "errors": f"{counted(service.errors, 'error')}, {service.refused:,} refused, {service.requests:,} answered{by}",
         "accuracy": "no release serves",
         "calibration": "no release serves",
         "drift": found.summary if found else "no release serves",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from ..experiment.store import sqlite_path
 from .data_tables import data_places, data_tables
 from .data_work import start_work, work_once, work_waits
 from .viewers import buttons_for
-from ..release.approvals import approved_by
+from ..release.approvals import approved_by, who_asks
 from ..release.rollout_judge import looks_file
 from .read_models import ReaderState, write_model, write_state
 from .requests import open_requests
@@ -123,7 +124,9 @@ def approval(workspace: Workspace, ledger: Ledger, candidate: str) -> str:
     """Return what the second person said of a release: "wanted", "by NAME", or "" where none is asked for."""
     if not workspace.settings.control.four_eyes:
         return ""
-    found = approved_by(ledger, ledger.release(candidate))
+    release = ledger.release(candidate)
+    asks = who_asks(ledger, release, "")
+    found = [name for name in approved_by(ledger, release) if name not in asks]
     return f"by {found[0]}" if found else "wanted"
 
 
@@ -319,6 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known: dict[str, str] = {}
     worker: subprocess.Popen[bytes] | None = None
     while not stop.is_set() and chosen.parent in (None, os.getppid()):
+        with contextlib.suppress(WorkbenchError):  # a file that is just being written
+            workspace = workspace.as_set_now()
         known = refresh(workspace, known)
         worker = wait_and_serve(workspace, worker, stop)
     if worker is not None:

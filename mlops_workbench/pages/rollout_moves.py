@@ -60,7 +60,7 @@ class RolloutMoves(ipywidgets.VBox):  # type: ignore[misc]
         for verb, button in self.buttons.items():
             button.on_click(lambda _, verb=verb: self.on_press(verb))
         self.buttons["abort"].button_style = "danger"
-        self.sign_in = SignIn(folder, self.look_soon)
+        self.sign_in = SignIn(folder, self.on_sign_in)
         self.words = ipywidgets.HTML()
         row = ipywidgets.HBox(list(self.buttons.values()))
         row.add_class("mwb-buttons")
@@ -94,6 +94,11 @@ class RolloutMoves(ipywidgets.VBox):  # type: ignore[misc]
         values = {"verb": verb, "rollout": self.rollout["name"], "seen": seen, "reason": why}
         self.asked = ask(self.folder, "move", **self.sign_in.signed(values))
         self.reason.value = ""
+        self.look_soon()
+
+    def on_sign_in(self) -> None:
+        """What was said to one person is not said to the next."""
+        self.asked, self.words.value = "", ""
         self.look_soon()
 
     def look_soon(self) -> None:

@@ -39,8 +39,8 @@ from .deploy import follow_in_registry
 from ..release import regimes, rollouts
 from ..release.approvals import approve_release
 from ..release.deployment import CHAMPION, clear_release, rollback
+from ..release.outlook import expected_move
 from ..release.rollout_evidence import read_evidence
-from ..release.rollout_judge import next_move
 
 # %% ../../nbs/pipeline/48_control.ipynb #f350de29
 OPEN_ROUTES = ("/", "/health")
@@ -188,9 +188,10 @@ def _add_views(app: FastAPI, workspace: Workspace) -> None:
     @app.get("/api/rollout")
     def rollout(who: Viewer) -> dict[str, Any]:
         """The rollout that goes on: both sides, the word on the new release, what comes next."""
+        now = workspace.as_set_now()
         found = rollouts.the_rollout(Ledger(workspace.ledger_url))
-        evidence = read_evidence(workspace, found)
-        move = next_move(found, evidence, workspace.settings.rollout)
+        evidence = read_evidence(now, found)
+        move = expected_move(now, found, evidence)
         return {**asdict(found), "evidence": evidence.as_dict(), "next": vars(move)}
 
     @app.get("/api/audit")
@@ -227,7 +228,7 @@ def _add_moves(app: FastAPI, workspace: Workspace) -> None:
     def moved(verb: Callable[..., object], who: Holder, reason: str, **more: Any) -> dict[str, Any]:
         ledger = Ledger(workspace.ledger_url)
         found = rollouts.the_rollout(ledger)
-        verb(workspace, found, actor=who.name, reason=reason, **more)
+        verb(workspace.as_set_now(), found, actor=who.name, reason=reason, **more)
         return told(next(row for row in ledger.rollouts() if row.name == found.name))
 
     @app.post("/api/rollout")
@@ -239,7 +240,11 @@ def _add_moves(app: FastAPI, workspace: Workspace) -> None:
             raise UsageError(str(error)) from error
         return told(
             rollouts.start_rollout(
-                workspace, body.release, actor=who.name, shares=shares, reason=body.reason
+                workspace.as_set_now(),
+                body.release,
+                actor=who.name,
+                shares=shares,
+                reason=body.reason,
             )
         )
 
@@ -268,17 +273,20 @@ def _add_moves(app: FastAPI, workspace: Workspace) -> None:
     @app.post("/api/switch")
     def switch(body: SwitchBody, who: Operator) -> dict[str, Any]:
         """Let the special of a regime serve at once."""
-        return told(regimes.switch(workspace, body.regime, actor=who.name, reason=body.reason))
+        now = workspace.as_set_now()
+        return told(regimes.switch(now, body.regime, actor=who.name, reason=body.reason))
 
     @app.post("/api/switch/back")
     def switch_back(body: Body, who: Operator) -> dict[str, Any]:
         """Let the ordinary release serve again."""
-        return told(regimes.switch_back(workspace, actor=who.name, reason=body.reason))
+        now = workspace.as_set_now()
+        return told(regimes.switch_back(now, actor=who.name, reason=body.reason))
 
     @app.post("/api/rollback")
     def roll_back(body: RollbackBody, who: Operator, later: BackgroundTasks) -> dict[str, Any]:
         """Go back to an earlier release, data and model together."""
-        change = rollback(workspace, body.to, actor=who.name, reason=body.reason, bar=body.bar)
+        now = workspace.as_set_now()
+        change = rollback(now, body.to, actor=who.name, reason=body.reason, bar=body.bar)
         later.add_task(follow_in_registry, workspace, change.digest)
         return told(change)
 

@@ -38,13 +38,26 @@ class RunnerLease:
         holder = f"{this_process().text()} (mwb run)"
         try:
             self.lease = self.ledger.acquire_lease(LEASE_NAME, holder, self.seconds)
-        except ConflictError:
+        except ConflictError as err:
             if not self._take_from_the_dead():
-                raise
+                raise ConflictError(self._who_works()) from err
             self.lease = self.ledger.acquire_lease(LEASE_NAME, holder, self.seconds)
         _held_here.add(self.lease.epoch)
         self._thread.start()
         return self
+
+    def _who_works(self) -> str:
+        """Who is in the way, in words."""
+        held = self.ledger.lease(LEASE_NAME)
+        owner = parse_owner(held.holder.split(" ")[0]) if held is not None else None
+        if held is None or owner is None:
+            who = held.holder if held is not None else "one that has just ended"
+        else:
+            who = f"process {owner.pid} on {owner.host}, since {held.acquired_at:%H:%M:%S} UTC"
+        return (
+            f"expected no other runner in this workspace, found one at work: {who}; "
+            "wait for its end or stop that process"
+        )
 
     def check(self) -> None:
         """Raise ConflictError unless the lease still holds."""

@@ -25,11 +25,11 @@ from ..release.deployment import write_projection
 from ..data.defaults import default_versions
 from ..release.regime_watch import tend_regimes
 from ..release.rehearsal import drill, drill_due, rehearse, unrehearsed
-from ..release.rollout_judge import tend_rollout
+from ..release.rollout_judge import next_move, tend_rollout
 
 # %% auto #0
 __all__ = ['MOVES', 'REHEARSAL_SECONDS', 'Waiting', 'waiting_rows', 'one_turn', 'tend', 'watch_regimes', 'rehearse_due',
-           'rehearse_always', 'tend_always', 'run_loop']
+           'CurrentSettings', 'news_only', 'rehearse_always', 'tend_always', 'run_loop']
 
 # %% ../../nbs/pipeline/44_loop.ipynb #f0886aa3
 @dataclass(frozen=True)
@@ -97,6 +97,9 @@ def tend(workspace: Workspace, say: Callable[[str], None]) -> str:
     if move.kind != "wait":
         say(f"{rollout.name}: {found.new.name} {MOVES[move.kind]}: {move.reason}")
         start_writer(workspace)
+    elif next_move(rollout, found, workspace.settings.rollout).kind == "promote":
+        name = found.new.name
+        say(f"{rollout.name}: {name} waits for a second person: mwb release approve {name} -m WHY")
     if move.kind == "promote":
         follow_in_registry(workspace, rollout.candidate)
     return move.kind
@@ -129,29 +132,62 @@ def rehearse_due(workspace: Workspace, say: Callable[[str], None]) -> None:
         done, _ = rehearse(workspace, name, actor=actor, reason="it is new")
         say(f"{name}: {done.words}")
 
+# %% ../../nbs/pipeline/44_loop.ipynb #749b92b9
+class CurrentSettings:
+    """The workspace with what settings.ini says at this moment, or with the last that could be read; why is said once."""
 
+    def __init__(self, workspace: Workspace, say: Callable[[str], None]) -> None:
+        self.workspace, self.say, self.problem = workspace, say, ""
+
+    def __call__(self) -> Workspace:
+        """Read the settings again."""
+        try:
+            self.workspace, self.problem = self.workspace.as_set_now(), ""
+        except (WorkbenchError, OSError) as err:
+            if str(err) != self.problem:
+                self.problem = str(err)
+                self.say(f"the settings stay as they were before: {err}")
+        return self.workspace
+
+
+def news_only(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Say a line only when it is another one than the last."""
+    last = ""
+
+    def said(line: str) -> None:
+        nonlocal last
+        if line != last:
+            last = line
+            say(line)
+
+    return said
+
+# %% ../../nbs/pipeline/44_loop.ipynb #394258e9
 REHEARSAL_SECONDS = 600.0  # between two looks at what is due
 
 
 def rehearse_always(
-    workspace: Workspace, stop: threading.Event, say: Callable[[str], None]
+    current: CurrentSettings, stop: threading.Event, say: Callable[[str], None]
 ) -> None:
     """Rehearse what is due until `stop` is set, beside everything else."""
-    while not stop.wait(min(REHEARSAL_SECONDS, 6 * workspace.settings.rollout.interval_seconds)):
+    while not stop.wait(min(REHEARSAL_SECONDS, 6 * current().settings.rollout.interval_seconds)):
         try:
-            rehearse_due(workspace, say)
+            rehearse_due(current(), say)
         except WorkbenchError as err:
             say(f"this rehearsal failed, the next one follows: {err}")
 
 
-def tend_always(workspace: Workspace, stop: threading.Event, say: Callable[[str], None]) -> None:
+def tend_always(
+    current: CurrentSettings, stop: threading.Event, say: Callable[[str], None]
+) -> None:
     """Look at the rollout every `rollout.interval_seconds` until `stop` is set; write first what an earlier loop left unwritten."""
-    if missing_records(workspace):
-        start_writer(workspace)
-    while not stop.wait(workspace.settings.rollout.interval_seconds):
+    if missing_records(current.workspace):
+        start_writer(current.workspace)
+    news = news_only(say)
+    while not stop.wait(current().settings.rollout.interval_seconds):
         try:
-            tend(workspace, say)
-            watch_regimes(workspace, say)
+            tend(current(), news)
+            watch_regimes(current.workspace, say)
         except WorkbenchError as err:
             say(f"this look at the rollout failed, the next one follows: {err}")
 
@@ -160,13 +196,14 @@ def run_loop(
     workspace: Workspace, dataset: str, stop: threading.Event, say: Callable[[str], None]
 ) -> None:
     """Turn every `monitoring.interval_seconds` until `stop` is set, and tend the rollout beside it."""
+    current = CurrentSettings(workspace, say)
     for name, work in (("rollout", tend_always), ("rehearsal", rehearse_always)):
-        threading.Thread(target=work, args=(workspace, stop, say), name=name, daemon=True).start()
+        threading.Thread(target=work, args=(current, stop, say), name=name, daemon=True).start()
     while not stop.is_set():
         try:
-            one_turn(workspace, dataset, say)
+            one_turn(current(), dataset, say)
         except ConflictError as err:
-            say(f"another runner works, this turn is left out: {err}")
+            say(f"this turn is left out: {err}")
         except WorkbenchError as err:
             say(f"this turn failed, the next one follows: {err}")
-        stop.wait(workspace.settings.monitoring.interval_seconds)
+        stop.wait(current().settings.monitoring.interval_seconds)

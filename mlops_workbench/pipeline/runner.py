@@ -197,17 +197,19 @@ class Plan:
         return stage.schema.check({**earlier, **self.given.get(stage.name, {})})
 
     def remembered(self, cycle: Cycle) -> dict[str, dict[str, Any]]:
-        """The parameters that an unfinished cycle was begun with, but not those of a run that was taken back.
+        """The parameters that an unfinished cycle was begun with, but not those of a run that was taken back or that is over.
 
-        Whoever takes a forced batch back does not want the next call to force it in again.
+        Whoever takes a forced batch back does not want the next call to force it in again; and a stage that always
+        runs anew looks each time at another window.
         """
         if self.complete(cycle):
             return {}
+        anew = {stage.name for stage in self.known if stage.schema.always}
         return {
             name: values
             for name, values in cycle.parameters.items()
             if (run := finished_run(self.workspace, cycle, name)) is None
-            or counts(self.workspace, run)
+            or (counts(self.workspace, run) and name not in anew)
         }
 
     def complete(self, cycle: Cycle) -> bool:

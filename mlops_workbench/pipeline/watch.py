@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from ..core.ledger import DecisionRow
 from ..core.workspace import Workspace
 from ..monitoring.alerts import RequestedAction
-from ..monitoring.decide_update import decide_update, gather_inputs
+from ..monitoring.decide_update import UpdateDecision, decide_update, gather_inputs
 from ..monitoring.figures import drift_figure, shapes_figure
 from ..monitoring.monitor import MonitorSnapshot, monitor_once
 from ..monitoring.report import render_report, report_tables
 from ..monitoring.snapshot import champion_rows
-from .deploy import wait_for_release
+from .deploy import unheard, wait_for_release
 from .outcome import DecidedBy, Outcome, decided_by, numbers, write_output
 from .stage import Stage
 from ..release.deployment import rollback
-from ..serving.address import find_server
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Actions', 'Look', 'look_at_traffic', 'evidently_page', 'decide_next_cycle']
+__all__ = ['Actions', 'Look', 'look_at_traffic', 'evidently_page', 'is_news', 'decide_next_cycle']
 
 # %% ../../nbs/pipeline/35_watch.ipynb #feb09237
 @dataclass
@@ -55,7 +55,7 @@ class Actions:
             f"rolled back from {change.previous} to {change.name} in {self.rollback_seconds:.2f} s"
         )
         if answered is None:
-            self.done += f"; {find_server(self.workspace).unserved}"
+            self.done += f"; {unheard(self.workspace)}"
         return True
 
 # %% ../../nbs/pipeline/35_watch.ipynb #1fb6c8e8
@@ -152,6 +152,16 @@ def evidently_page(stage: Stage, snapshot: MonitorSnapshot) -> Path | None:
     tables = report_tables(champion.profile, rows, champion.features)
     return render_report(*tables, drift, stage.output("drift.html"))
 
+# %% ../../nbs/pipeline/35_watch.ipynb #e0e61420
+def is_news(last: DecisionRow, subject: str, decision: UpdateDecision) -> bool:
+    """Whether a decision says something else than the last one on record."""
+    if (last.subject, last.verdict) != (subject, decision.verdict):
+        return True
+    if decision.retrain:
+        return last.reason != decision.summary
+    spoke = [each["name"] for each in last.evidence.get("reasons", [])]
+    return spoke != [each.name for each in decision.reasons if each.speaks]
+
 # %% ../../nbs/pipeline/35_watch.ipynb #384fa1d7
 def decide_next_cycle(stage: Stage, *, new_rows: int) -> tuple[Outcome, pd.DataFrame]:
     """Return the decision as the stage's outcome, and one line a reason."""
@@ -160,20 +170,23 @@ def decide_next_cycle(stage: Stage, *, new_rows: int) -> tuple[Outcome, pd.DataF
     table = pd.DataFrame(
         [{"reason": r.name, "speaks": r.speaks, "what it saw": r.text} for r in decision.reasons]
     )
-    with stage.ledger.decision(
-        "update",
-        subject=inputs.champion or "none",
-        verdict=decision.verdict,
-        reason=decision.summary,
-        evidence=decision.trigger,
-        **decided_by(stage),
-    ) as change:
-        if decision.retrain:
-            change.enqueue(
-                f"{inputs.champion} is trained again",
-                decision.summary,
-                key=f"update-{stage.folder.name}-{stage.cycle}",
-            )
+    subject = inputs.champion or "none"
+    last = next(iter(stage.ledger.decisions(limit=1, kind="update")), None)
+    if last is None or is_news(last, subject, decision):
+        with stage.ledger.decision(
+            "update",
+            subject=subject,
+            verdict=decision.verdict,
+            reason=decision.summary,
+            evidence=decision.trigger,
+            **decided_by(stage),
+        ) as change:
+            if decision.retrain:
+                change.enqueue(
+                    f"{inputs.champion} is trained again",
+                    decision.summary,
+                    key=f"update-{stage.folder.name}-{stage.cycle}",
+                )
     outputs = {"decision.json": write_output(stage, "decision.json", decision.trigger)}
     metrics = {"reasons": float(table.speaks.sum())}
     return Outcome(decision.verdict, decision.summary, metrics, outputs), table

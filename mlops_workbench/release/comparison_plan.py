@@ -37,17 +37,17 @@ class Design:
     likeness: float = 0.0  # correlation of two rows of one entity, 0 to 1
 
     def __post_init__(self) -> None:
-        if not (
-            self.effect > 0
-            and self.deviation > 0
-            and 0 < self.share_new < 1
-            and 0 < self.alpha < self.power < 1
-            and self.rows_per_entity >= 1
-            and 0 <= self.likeness <= 1
+        for name, ok, wanted in (
+            ("effect", self.effect > 0, "above 0"),
+            ("deviation", self.deviation > 0, "above 0"),
+            ("share_new", 0 < self.share_new < 1, "between 0 and 1"),
+            ("alpha", 0 < self.alpha < 1, "between 0 and 1"),
+            ("power", self.alpha < self.power < 1, f"above alpha ({self.alpha:g}) and below 1"),
+            ("rows_per_entity", self.rows_per_entity >= 1, "of 1 or more"),
+            ("likeness", 0 <= self.likeness <= 1, "from 0 to 1"),
         ):
-            raise UsageError(
-                f"expected effect and deviation above 0, a share, alpha and power between 0 and 1 and likeness up to 1, found {self}; correct the plan"
-            )
+            if not ok:
+                raise UsageError(f"expected {name} {wanted}, found {getattr(self, name):g}")
 
     def information(self, rows: float) -> float:
         """One over the variance of the difference after this many labelled rows of both arms."""
@@ -86,9 +86,12 @@ def rows_needed(design: Design, *, planned: bool = False) -> int:
         return float(decided_by(design, math.exp(log_rows), planned=planned)[-1]) - design.power
 
     simple = design.information(1.0) * design.effect**2  # information a row, in units of the effect
-    return math.ceil(
-        math.exp(brentq(short_of, math.log(4 / simple), math.log(100 / simple), xtol=1e-3))
-    )
+    few, many = math.log(4 / simple), math.log(100 / simple)
+    while short_of(few) > 0:
+        few -= 1
+    while short_of(many) < 0:
+        many += 1
+    return math.ceil(math.exp(brentq(short_of, few, many, xtol=1e-3)))
 
 # %% ../../nbs/release/16_comparison_plan.ipynb #f38aa7f4
 def smallest_effect(design: Design, rows: int, *, planned: bool = False) -> float:

@@ -5,7 +5,6 @@
 # %% ../../nbs/release/21_regimes.ipynb #4cedaf43
 from __future__ import annotations
 
-import math
 import re
 
 from collections.abc import Mapping
@@ -31,7 +30,9 @@ from mlops_workbench.release.deployment import (
     record_link,
     write_projection,
 )
+from .paired import paired_interval
 from .rollout_evidence import release_schema, row_values
+from .verdict import Metric
 
 # %% auto #0
 __all__ = ['QUALITY', 'RATE', 'DETECTOR', 'By', 'Detector', 'read_detector', 'Regime', 'register_regime', 'withdraw_regime',
@@ -99,6 +100,11 @@ def register_regime(workspace: Workspace, regime: Regime, *, actor: str, reason:
         )
     if regime.when:
         wanted, schema = read_detector(regime.when), release_schema(ledger, release.digest)
+        numbers = [feature.name for feature in schema.of_kind("number")]
+        if wanted.is_column and wanted.figure not in numbers:
+            raise UsageError(
+                f"expected a column of numbers to watch, found {wanted.figure}; those of {release.name} are: {', '.join(numbers)}"
+            )
         if wanted.is_column and wanted.figure in schema.unlogged:
             raise UsageError(
                 f"expected a column that is logged, found {wanted.figure}, which {release.name} calls private; watch another"
@@ -106,6 +112,10 @@ def register_regime(workspace: Workspace, regime: Regime, *, actor: str, reason:
     if bool(regime.since) != bool(regime.until) or (regime.since and regime.since >= regime.until):
         raise UsageError(
             "expected a time from when and a later one until when, or neither; found something else"
+        )
+    if regime.until and regime.until <= iso(now()):
+        raise UsageError(
+            f"expected a time that is not over, found one until {regime.until[:16]} UTC, and it is {iso(now())[:16]} UTC now"
         )
     verify_bundle(Path(release.path), release.digest)
     check_four_eyes(workspace, ledger, release, actor)
@@ -262,7 +272,8 @@ def switch_report(
     seen, ledger = decision.evidence, Ledger(workspace.ledger_url)
     begun = datetime.fromisoformat(decision.at).timestamp()
     until = timestamp() if until is None else until
-    answered = read_window(workspace.predictions, begun, until, release=seen["digest"]).predictions
+    rows = read_window(workspace.predictions, begun, until, columns=[]).predictions
+    answered = rows[rows["release"] == seen["digest"]]
     pairs = _pairs(workspace, seen["digest"], seen["ordinary"], begun, until)
     schema = release_schema(ledger, seen["digest"])
     pairs = pairs[pairs["label"].isin(list(schema.classes))]
@@ -272,23 +283,36 @@ def switch_report(
         pairs.assign(probabilities=pairs["probabilities_old"]), schema.classes, metric
     )
     sign = 1 if metric == "accuracy" else -1
-    wait = (answered["time"].min() - begun) * 1000 if len(answered) else math.nan
+    avoided = sign * (special - ordinary)
+    about = Metric(metric, workspace.settings.rollout.margin, binary=metric == "accuracy")
+    reach, _ = paired_interval(about, avoided, pairs["id"], workspace.settings.rollout.alpha)
     return {
         "regime": decision.subject, "special": seen["to"], "ordinary": seen["from"], "by": seen["by"], "since": decision.at,
-        "first_answer_ms": round(float(wait), 1), "rows": len(answered), "labelled": len(pairs), "metric": metric,
-        "special_mean": float(special.mean()) if len(pairs) else math.nan,
-        "ordinary_mean": float(ordinary.mean()) if len(pairs) else math.nan,
-        "avoided": float(sign * (special - ordinary).sum()),
+        "first_answer_ms": _first_answer_ms(rows, seen["digest"], begun), "rows": len(answered), "labelled": len(pairs), "metric": metric,
+        "special_mean": float(special.mean()) if len(pairs) else None,
+        "ordinary_mean": float(ordinary.mean()) if len(pairs) else None,
+        "avoided": float(avoided.sum()) if len(pairs) else None,
+        "avoided_from": reach.low * len(pairs) if reach.known else None,
+        "avoided_to": reach.high * len(pairs) if reach.known else None,
     }  # fmt: skip
+
+
+def _first_answer_ms(rows: pd.DataFrame, special: str, begun: float) -> float | None:
+    """From the first request that came after the switch to the special's first answer; None before there was one."""
+    came, own = rows["time"] - rows["latency_ms"] / 1000, rows["release"] == special
+    came, answers = came[own | (came >= begun)].clip(lower=begun), rows.loc[own, "time"]
+    return round(float(answers.min() - came.min()) * 1000, 1) if len(answers) else None
 
 
 def report_words(report: Mapping[str, Any]) -> str:
     """The report in one sentence."""
     if not report["labelled"]:
         return f"{report['special']} answered {report['rows']:,} rows, none of them has a label yet"
+    low, high = report.get("avoided_from"), report.get("avoided_to")
+    between = "too few rows for an interval" if low is None else f"{low:,.1f} to {high:,.1f}"
     what = "wrong answers" if report["metric"] == "accuracy" else report["metric"]
     return (
-        f"first answer of {report['special']} after {report['first_answer_ms']:.0f} ms; {report['metric']} "
+        f"first answer of {report['special']} {report['first_answer_ms']:.0f} ms after the first request; {report['metric']} "
         f"{report['special_mean']:.3f} where {report['ordinary']} would have had {report['ordinary_mean']:.3f}: "
-        f"{report['avoided']:,.1f} {what} avoided on {report['labelled']:,} labelled rows"
+        f"{report['avoided']:,.1f} {what} avoided ({between}) on {report['labelled']:,} labelled rows"
     )
