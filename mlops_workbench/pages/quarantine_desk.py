@@ -33,13 +33,12 @@ def list_state(folder: Path, name: str) -> str:
     return str(rows[0]["digest"]) if rows else ""
 
 
-def waiting_row(row: Mapping[str, Any], column: str, white: float) -> tuple[Any, ...]:
+def waiting_row(row: Mapping[str, Any], column: str, label: str, white: float) -> tuple[Any, ...]:
     """Return one row that waits as the page shows it; `column` holds the picture, if there is one."""
-    said = {str(row["id"]), str(row["label"])}  # stand beside them already
     cells = {
         name: cell
         for name, cell in row["values"].items()
-        if name != column and str(cell) not in said
+        if name not in (column, label) and str(cell) != str(row["id"])  # stand beside them already
     }
     same = f"; {row['copies']:,} rows hold the same" if row["copies"] > 1 else ""
     return (
@@ -55,7 +54,12 @@ def list_rows(workspace: Workspace, version: DataVersion) -> int:
     if list_state(workspace.read_models, version.name) == version.digest:
         return 0
     name = version.name.removesuffix(QUARANTINE)
-    rows = review_list(DataStore(workspace), name, classes=known_classes(workspace, name))
+    store = DataStore(workspace)
+    rows, base = (
+        review_list(store, name, classes=known_classes(workspace, name)),
+        store.latest(name),
+    )
+    label = base.label if base is not None else ""
     rows.sort(key=lambda row: -(row["probability"] or 0.0))
     values = pd.DataFrame([row["values"] for row in rows])
     column = picture_column(values)
@@ -63,7 +67,7 @@ def list_rows(workspace: Workspace, version: DataVersion) -> int:
     state = (version.ref, version.digest)
     tables = {
         "state": (("ref", "digest"), [state]),
-        "rows": (ROW_COLUMNS, [waiting_row(row, column, white) for row in rows]),
+        "rows": (ROW_COLUMNS, [waiting_row(row, column, label, white) for row in rows]),
     }
     write_model(workspace.read_models / "quarantine" / f"{version.name}.db", tables)
     return 1

@@ -380,7 +380,8 @@ def _name_rows(
             guilty=False
         )  # the change did harm, but not by wrong labels of single rows
     top = rows["key"].head(20)
-    examples = changed.set_index(changes.key, drop=False).loc[top].reset_index(drop=True)
+    seen = changed.drop(columns=recipe.features.label, errors="ignore")  # its name stands in `rows`
+    examples = seen.set_index(changes.key, drop=False).loc[top].reset_index(drop=True)
     return belief, rows, examples
 
 # %% ../../nbs/pipeline/50_culprit.ipynb #fbda233d

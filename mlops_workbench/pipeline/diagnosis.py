@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 
 from ..core.clock import iso
-from ..core.errors import shorten
 from ..core.workspace import Workspace
 from ..data.changes import ChangeSet
 from ..data.thumbnails import brightness, picture_column, thumbnail
@@ -44,8 +43,8 @@ from mlops_workbench.pipeline.suspects import (
 from ..recipes.protocol import Recipe
 
 # %% auto #0
-__all__ = ['Remedy', 'Diagnosis', 'sides_table', 'diagnose', 'choose_remedy', 'seen_rows', 'culprit_record', 'diagnosis_record',
-           'record_diagnosis']
+__all__ = ['Remedy', 'Diagnosis', 'sides_table', 'diagnose', 'choose_remedy', 'row_words', 'seen_rows', 'culprit_record',
+           'diagnosis_record', 'record_diagnosis']
 
 # %% ../../nbs/pipeline/54_diagnosis.ipynb #4d7e9bec
 @dataclass(frozen=True)
@@ -267,6 +266,16 @@ def choose_remedy(
         )
     return Remedy("", "nothing to take back")
 
+# %% ../../nbs/pipeline/54_diagnosis.ipynb #4f682ab3
+def row_words(row: Mapping[Any, Any], most: int = 160) -> str:
+    """The values of a row in few words: numbers with six digits, gaps left out, cut at the end."""
+    known = {name: value for name, value in row.items() if value is not None and value == value}
+    words = ", ".join(
+        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in known.items()
+    )
+    return words if len(words) <= most else words[: most - 1] + "\u2026"
+
 # %% ../../nbs/pipeline/54_diagnosis.ipynb #d4011037
 def seen_rows(culprit: Culprit) -> list[dict[str, str]]:
     """How each of the first 100 ranked rows looks, where it is kept: its picture as a `data:` address, or its values as text."""
@@ -276,15 +285,8 @@ def seen_rows(culprit: Culprit) -> list[dict[str, str]]:
         white = brightness(examples[column])
         seen = [{"picture": thumbnail(cell, white)} for cell in examples[column]]
     else:
-        rows = examples.to_dict("records")
-        seen = [
-            {
-                "values": shorten(
-                    ", ".join(f"{n} {v}" for n, v in row.items() if n != examples.columns[0]), 160
-                )
-            }
-            for row in rows
-        ]
+        rows = examples.drop(columns=examples.columns[:1]).to_dict("records")
+        seen = [{"values": row_words(row)} for row in rows]
     rest: list[dict[str, str]] = [{}] * (100 - len(seen))
     return seen + rest
 
