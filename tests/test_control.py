@@ -316,6 +316,7 @@ def test_the_data_plane_by_roles(
     shop = grant(workspace, "shop", "caller", actor="test")
     with serving(tmp_path, "--workspace", str(workspace.root)) as server:
         server.wait_ready()
+        (workspace.state / "serving.port").write_text(str(server.port))
         ask = server.client(shop)
         assert ask.post("/predict", {"row": ROW}).status == 200
         assert main(["rollback", "-w", str(workspace.root)]) == 0, (

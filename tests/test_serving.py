@@ -574,6 +574,7 @@ def test_not_ready_until_a_champion_is_loaded(
         answer = client.post("/predict", {"row": ROW})
         assert answer.status == 503
         assert "deploy" in answer.body["error"]
+        (workspace.state / "serving.port").write_text(str(server.port))
         broken = build_bundle(tmp_path / "b", model=late_model(nan=True))
         point_at(workspace.pointer_path, broken, epoch=1)
         wait_until(lambda: client.get("/health").body["status"] == "no release", 10, "refusal")
