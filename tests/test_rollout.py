@@ -24,6 +24,7 @@ from serving_support import (
 )
 
 from mlops_workbench.cli.main import main
+from mlops_workbench.core.clock import iso, now
 from mlops_workbench.core.errors import ConflictError, IntegrityError
 from mlops_workbench.core.ledger import Ledger, RolloutRow
 from mlops_workbench.core.workspace import Workspace
@@ -309,7 +310,7 @@ def test_the_deploy_stage_starts_a_rollout_where_the_settings_ask_for_one(
     assert split(workspace) == {"champion": 0.95, "challenger": 0.05}
     started = Ledger(workspace.ledger_url).decisions(kind="rollout")[0]
     assert started.record_path is not None and Path(started.record_path).is_file()
-    assert main(["audit", "asof", "2999-01-01", "--json", *here]) == 0
+    assert main(["audit", "asof", iso(now()), "--json", *here]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["release"]["name"] == old and told["rollout"]["share"] == 0.05
     assert main(["status", "--json", *here]) == 0

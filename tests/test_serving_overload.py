@@ -176,23 +176,28 @@ def test_pipelined_requests_are_answered_in_order_and_hold_up_nobody(
 def test_a_refusal_does_not_wait_for_a_long_body(server: RunningServer) -> None:
     """Who is turned away before a body of megabytes is told at once, and the connection ends."""
 
+    async def ask_once() -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(HEAD + b"Content-Length: 9000000\r\n\r\n" + b" " * 100)
+        head = b""
+        with contextlib.suppress(TimeoutError):  # let in, so the server waits for the body
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 1)
+        writer.close()
+        return head
+
     async def ask() -> list[bytes]:
         enough = asyncio.Event()
         asking = asyncio.create_task(flood(server.port, 400, 60, enough))
         refused: list[bytes] = []
         while len(refused) < 3 and not asking.done():
-            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-            writer.write(HEAD + b"Content-Length: 9000000\r\n\r\n" + b" " * 100)
-            with contextlib.suppress(TimeoutError):  # let in, so the server waits for the body
-                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 1)
-                refused += [head] if head.startswith(b"HTTP/1.1 429") else []
-            writer.close()
+            heads = await asyncio.gather(*[ask_once() for _ in range(10)])
+            refused += [head for head in heads if head.startswith(b"HTTP/1.1 429")]
         enough.set()
         await asking
         return refused
 
     heads = asyncio.run(ask())
-    assert len(heads) == 3 and all(b"connection: close" in head for head in heads)
+    assert len(heads) >= 3 and all(b"connection: close" in head for head in heads)
     wait_until(lambda: server.client().post("/predict", {"row": ROW}).status == 200, 5, "calm")
 
 
