@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -432,12 +433,29 @@ def test_of_two_runners_one_works_and_the_other_says_who(tmp_path: Path) -> None
     assert run_folders(workspace) == ["cycle-0001/1_make-1"]
 
 
+def freeze_between_writes(process: "subprocess.Popen[str]", workspace: Workspace) -> None:
+    """Stop a process at a moment when it does not hold the ledger's write lock, which nobody could take from it."""
+    for _ in range(50):
+        process.send_signal(signal.SIGSTOP)
+        database = sqlite3.connect(workspace.state / "ledger.db", timeout=0.2, isolation_level=None)
+        try:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("ROLLBACK")
+            return
+        except sqlite3.OperationalError:
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.02)
+        finally:
+            database.close()
+    raise AssertionError("expected a moment without a write, found none")
+
+
 def test_a_runner_that_lost_its_lease_promotes_nothing(tmp_path: Path) -> None:
     workspace = fresh(tmp_path, SLOW, pipeline__lease_seconds=0.6)
     first = start(workspace)
     wait_for(lambda: bool(working(workspace)))
     folder = working(workspace)[0]
-    first.send_signal(signal.SIGSTOP)
+    freeze_between_writes(first, workspace)
     time.sleep(1.0)
     ledger = Ledger(workspace.ledger_url)
     lease = ledger.acquire_lease("runner", "elsewhere:1:x (mwb run)", 600)
