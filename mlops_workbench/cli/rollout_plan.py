@@ -160,7 +160,8 @@ def plan(
         f"{rows:,} labelled rows of both sides find a difference of {wanted:g} in {settings.metric} with {power * 100:.4g} % chance, looking at any time; deviation {spread:.4g}, {source}"
     )
     click.echo(
-        f"{planned:,} would do with a fixed end: `planned_rows = {planned}` in section [rollout] of settings.ini"
+        f"{planned:,} would do with a fixed end: `planned_rows = {max(planned, 2 * settings.minimum_rows)}` in section [rollout] "
+        "of settings.ini (at least twice minimum_rows)"
     )
     if hours is not None:
         click.echo(f"at {per_hour:,.0f} labelled rows an hour that is {hours:,.1f} hours")
