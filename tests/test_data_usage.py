@@ -252,6 +252,8 @@ def test_a_clone_builds_on_the_default_that_was_named_there(
     monkeypatch.chdir(remote.parent)
     assert main(["data", "pull", "--from", remote.name, *there]) == 0
     capsys.readouterr()
+    assert main(["data", "verify", *there]) == 0
+    assert capsys.readouterr().out == "every file is whole\n"
     assert main(["data", "rollback", "flights@v1.0", "--json", *there]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["withdrawn"] == ["flights@v1.1", "flights@v1.2", "flights@v1.3"]

@@ -277,8 +277,9 @@ def test_checkout_writes_files_that_others_can_read(store: DataStore, tmp_path: 
     folder = store.checkout("flights@v1.0", tmp_path / "out")
     pd.testing.assert_frame_equal(pd.read_parquet(folder), first)
     assert json.loads((folder / "_version.json").read_text())["ref"] == "flights@v1.0"
-    store.checkout("flights@v1.1", folder)
+    assert main(["data", "checkout", "flights@v1.1", str(folder), "-w", str(store.root)]) == 0
     pd.testing.assert_frame_equal(pd.read_parquet(folder), second)
+    assert json.loads((folder / "_version.json").read_text())["classes"] == ["on time", "late"]
     (folder / "more").mkdir()
     (folder / "more" / "analysis.ipynb").write_text("mine")
     with pytest.raises(UsageError, match=r"found also more/analysis\.ipynb; nothing was changed"):

@@ -243,6 +243,8 @@ def show_version(ref: str, workspace: Path | None, as_json: bool) -> None:
     record = {**store.show(version.ref), **against, **_links(store, [version])[0]}
     if not as_json:
         record["manifest"] = record["manifest"]["sha256"]
+        if not record["pictures"]:  # a column of files, where `mwb data import` made one
+            del record["pictures"]
         record["validation"] = record["validation"].get("verdict", "not validated")
         classes = known_classes(store.workspace, version.name)
         record["labels"] = {
@@ -341,14 +343,18 @@ def _diff_rows(difference: DataDiff, limit: int) -> dict[str, list[dict[str, Any
 @workspace_option
 @json_option
 def checkout(ref: str, folder: Path, workspace: Path | None, as_json: bool) -> None:
-    """Write the Parquet files of a version into FOLDER for other programs.
+    """Write a version into FOLDER for other programs: Parquet, or the files of `mwb data import`.
+
+    `_version.json` beside them says which version it is and what the labels are called.
 
     Example: mwb data checkout flights@v1.0 /tmp/flights
     """
+    from mlops_workbench.recipes.protocol import known_classes
+
     store = open_store(workspace)
     version = store.resolve(ref)
     with waiting("fetching"):
-        place = store.checkout(version, folder)
+        place = store.checkout(version, folder, known_classes(store.workspace, version.name))
     print_record({"ref": version.ref, "folder": str(place), "rows": version.rows}, as_json)
 
 # %% ../../nbs/cli/09_data.ipynb #cf620cc7

@@ -9,7 +9,7 @@ __all__ = ['BATCH', 'Progress', 'Transfer', 'push', 'pull']
 import html
 import time
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -269,8 +269,20 @@ def pull(
                 f"expected whole objects from {batch.remote.address}, found {len(damaged)} damaged, first "
                 f"{damaged[0]} of {objects[damaged[0]]}; push that version again from where it is whole"
             )
+        _keep_too(store, batch, objects)
         counts.add(batch, objects, new, mended, {md5: batch.local_size(md5) for md5 in new})
     return counts.transfer(time.monotonic() - begun)
+
+# %% ../../nbs/data/23_transfer.ipynb #045099f8
+def _keep_too(store: DataStore, batch: _Batch, objects: Iterable[str]) -> None:
+    """Put what was pulled into the folder too in which a workspace keeps its versions where the settings name no remote."""
+    own, cache = store.dvc.local_remote, batch.places.dvc.cache
+    if store.workspace.settings.data.remote or own is None or own == batch.remote.base:
+        return
+    absent = [md5 for md5 in objects if not dvc.object_path(own, md5).exists()]
+    contents = ((md5, dvc.read_object(cache, md5)) for md5 in absent)
+    put = [dvc.put_bytes(own, md5, content) for md5, content in contents if content is not None]
+    dvc.sync_files(path for path in put if path is not None)
 
 # %% ../../nbs/data/23_transfer.ipynb #841fcbbd
 def _check_filled(store: DataStore, refs: Sequence[str]) -> None:

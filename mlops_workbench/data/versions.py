@@ -215,13 +215,18 @@ class DataStore:
         """What changed between two versions; files that both share are not even read."""
         return compare(self.stored(before), self.stored(after))
 
-    def checkout(self, ref: str | DataVersion, folder: Path | str) -> Path:
+    def checkout(
+        self,
+        ref: str | DataVersion,
+        folder: Path | str,
+        classes: Sequence[str] = (),  # what labels 0, 1 ... are called; stands in `_version.json`
+    ) -> Path:
         """Write a version into a folder for other programs, as Parquet or as the files it was made of.
 
         The folder is new, empty, or one that an earlier checkout wrote; else UsageError.
         """
         stored = self.stored(ref)
-        return write_checkout(Path(folder), lambda draft: _write_version(stored, draft))
+        return write_checkout(Path(folder), lambda draft: _write_version(stored, draft, classes))
 
     def verify(self, ref: str | None = None, *, repair: bool = True) -> list[StoredProblem]:
         """Hash every file of one version or of all, everywhere; returns what was found wrong.
@@ -295,8 +300,8 @@ class DataStore:
 # %% ../../nbs/data/13_versions.ipynb #9b4f67d2
 CHECKOUT_ROWS = 1 << 17  # in one Parquet file of a checkout
 
-# %% ../../nbs/data/13_versions.ipynb #d89b4f23
-def _write_version(stored: StoredVersion, folder: Path) -> None:
+# %% ../../nbs/data/13_versions.ipynb #660d3d86
+def _write_version(stored: StoredVersion, folder: Path, classes: Sequence[str]) -> None:
     """Fill a folder with the files of a version and its record."""
     version = stored.version
     record = {**version_record(version), "ref": version.ref, "commit": version.commit}
@@ -307,4 +312,4 @@ def _write_version(stored: StoredVersion, folder: Path) -> None:
         for number, start in enumerate(range(0, len(table), CHECKOUT_ROWS)):
             part = table.slice(start, CHECKOUT_ROWS)
             pq.write_table(part, folder / f"{number:05}.parquet", compression="zstd")
-    write_json(folder / CHECKOUT, record)
+    write_json(folder / CHECKOUT, {**record, "classes": list(classes)} if classes else record)
