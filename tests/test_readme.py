@@ -117,6 +117,8 @@ def test_the_demo_shows_a_better_an_equal_and_a_worse_release(demo: Path) -> Non
         and "flights-r2 and flights@v1.1 again" in worse
     )
     assert measured["no request failed"].startswith("0 of ")
+    found = measured["what made it worse is found, down to the rows"]
+    assert found.startswith("data: flights@v1.2; 2,000 rows named, 1,000 of the 1,000 turned")
     audit = json.loads(run("mwb audit list --json --limit 1000", demo).stdout)
     moves = [
         (row["subject"], row["verdict"]) for row in reversed(audit) if row["kind"] == "rollout"

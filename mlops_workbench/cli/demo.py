@@ -58,7 +58,7 @@ def closing_words(folder: Path) -> str:
         "The bad batch (lesson 8 in nbs/tutorials shows how such a one is found out and taken back):\n"
         f"  {folder}/runs/4-bad-batch/1_prepare-1/notebook.ipynb   which rows were refused, and why\n"
         f"  mwb data diff flights@v1.1 flights@v1.2 -w {folder}    what it brought in by force, row by row\n"
-        f"  mwb why flights-r2 flights-r4 -w {folder}              what made the release bad that learned from it\n"
+        f"  {folder}/runs/6-after/diagnose-1/notebook.ipynb       what made the release bad that learned from it (`mwb why`)\n"
         f"  mwb data list -w {folder}                              its version was taken back with the release\n"
         f"Your own table: mwb init mine --csv FILE.csv --label COLUMN, then cd mine and mwb run"
     )

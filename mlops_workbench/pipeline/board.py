@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .decision_record import missing_records
 from ..data.defaults import data_slot
 
 # %% auto #0
-__all__ = ['Promise', 'within', 'serving_promises', 'decision_promises', 'rollout_promises', 'write_board']
+__all__ = ['Promise', 'within', 'serving_promises', 'decision_promises', 'rollout_promises', 'diagnosis_promise', 'write_board']
 
 # %% ../../nbs/pipeline/42_board.ipynb #e71a734e
 @dataclass(frozen=True)
@@ -145,6 +145,18 @@ def rollout_promises(
             bool(decided) and not records,
         ),
     ]
+
+# %% ../../nbs/pipeline/42_board.ipynb #43eff8d7
+def diagnosis_promise(record: Mapping[str, Any], turned: Set[str], seconds: float) -> Promise:
+    """Hold what `mwb why` found against the rows whose labels were turned round."""
+    data = record["data"] or {}
+    named = set(data.get("suspicious_keys") or ())
+    return Promise(
+        "what made it worse is found, down to the rows",
+        f"{record['verdict']}: {data.get('guilty_version') or 'no version'}; {len(named):,} rows named, "
+        f"{len(named & turned):,} of the {len(turned):,} turned labels among them, {seconds:.0f} s",
+        record["verdict"] == "data" and len(named & turned) >= 0.9 * len(turned),
+    )
 
 # %% ../../nbs/pipeline/42_board.ipynb #fc61aa12
 def write_board(

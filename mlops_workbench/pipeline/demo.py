@@ -16,6 +16,7 @@ from ..core.ledger import Ledger
 from mlops_workbench.pipeline.board import (
     Promise,
     decision_promises,
+    diagnosis_promise,
     rollout_promises,
     serving_promises,
     within,
@@ -33,11 +34,12 @@ from .receiver import webhook_receiver
 from .replay_clock import replay_clock
 from .replayed_rollout import Pace
 from .traffic import Replay
+from .why import read_diagnosis, run_diagnosis
 from ..release.rollouts import start_rollout
 
 # %% auto #0
 __all__ = ['DAY', 'BEHIND_DAYS', 'CHAPTERS', 'turn_labels', 'first_release', 'late_truth', 'better_release', 'no_difference',
-           'bad_batch', 'goes_back', 'promises', 'run_demo']
+           'bad_batch', 'goes_back', 'why_it_fell', 'promises', 'run_demo']
 
 # %% ../../nbs/pipeline/43_demo.ipynb #3fe92bad
 def turn_labels(
@@ -132,7 +134,8 @@ def no_difference(demo: Demo) -> None:
 def bad_batch(demo: Demo) -> None:
     """June arrives with 1,000 wrong labels: the batch is refused; pushed through by force, its model is refused."""
     demo.say("5  June arrives with 1,000 labels turned round; validation looks at the batch")
-    turned, _ = turn_labels(demo.month(6), "late", rows=1000)
+    turned, places = turn_labels(demo.month(6), "late", rows=1000)
+    demo.facts["turned_keys"] = set(turned[demo.recipe.features.key].iloc[places])
     incoming = demo.workspace.root / "incoming" / "june.parquet"
     incoming.parent.mkdir(exist_ok=True)
     turned.to_parquet(incoming)
@@ -173,6 +176,18 @@ def goes_back(demo: Demo) -> None:
 
 DAY = 86_400.0
 
+# %% ../../nbs/pipeline/43_demo.ipynb #b7911a99
+def why_it_fell(demo: Demo) -> None:
+    """The diagnosis between the two releases: which version, which batch, which rows."""
+    demo.say("7  why was it worse? All suspects are heard, down to the rows")
+    start = time.monotonic()
+    champion, candidate = demo.courses[-1].champion, demo.courses[-1].candidate
+    result = run_diagnosis(demo.workspace, good=champion, bad=candidate, progress=demo.follow)
+    expect_finished(result)
+    demo.facts["diagnosis"] = read_diagnosis(result.stages[0].folder)
+    demo.facts["diagnosis_seconds"] = time.monotonic() - start
+    demo.deliver()
+
 # %% ../../nbs/pipeline/43_demo.ipynb #23cd2c21
 def promises(demo: Demo) -> list[Promise]:
     """Measure every promise of the board in the workspace that the demo leaves behind."""
@@ -194,6 +209,7 @@ def promises(demo: Demo) -> list[Promise]:
             "for the stage, the first answer with it",
         ),
         *rollout_promises(demo.workspace, *demo.courses),
+        diagnosis_promise(facts["diagnosis"], facts["turned_keys"], facts["diagnosis_seconds"]),
         within(
             "latency p99 under 100 ms",
             float(np.percentile(latencies, 99)),
@@ -218,7 +234,15 @@ def promises(demo: Demo) -> list[Promise]:
 
 # %% ../../nbs/pipeline/43_demo.ipynb #ae0ece24
 BEHIND_DAYS = 3  # the rollouts take two to three days of the replayed clock
-CHAPTERS = (first_release, late_truth, better_release, no_difference, bad_batch, goes_back)
+CHAPTERS = (
+    first_release,
+    late_truth,
+    better_release,
+    no_difference,
+    bad_batch,
+    goes_back,
+    why_it_fell,
+)
 
 # %% ../../nbs/pipeline/43_demo.ipynb #d0528b72
 def run_demo(

@@ -66,12 +66,19 @@ class Diagnosis:
 
     @property
     def guilty(self) -> tuple[str, ...]:
-        """The suspects that a measurement speaks against, the likeliest first; code by elimination."""
+        """The suspects that a measurement speaks against, the likeliest first; else the one left by elimination."""
         found = tuple(item.suspect for item in self.findings if item.verdict == "guilty")
-        code = next((item for item in self.findings if item.suspect == "code"), None)
-        if not found and code is not None and code.verdict == "changed" and _fell(self.fall):
-            return ("code",)
-        return found
+        return found or self._left_over
+
+    @property
+    def _left_over(self) -> tuple[str, ...]:
+        """The only suspect left of a fall that is known: code that changed, or data with rows to look at; else none."""
+        verdicts = {item.suspect: item.verdict for item in self.findings}
+        code, data = verdicts.get("code"), verdicts.get("data")
+        if data == "not shown":
+            alone = code == verdicts.get("parameters") == "innocent"
+            return ("data",) if alone and self.fall.shown else ()
+        return ("code",) if code == "changed" and _fell(self.fall) else ()
 
     @property
     def verdict(self) -> str:
@@ -98,8 +105,9 @@ class Diagnosis:
             return "nobody is accused: no suspect explains a fall beyond what chance does"
         first = self.finding(self.guilty[0])
         others = f" (also: {', '.join(self.guilty[1:])})" if len(self.guilty) > 1 else ""
-        word = " by elimination" if first.verdict == "changed" else ""
-        return f"{first.suspect}{word}{others}: {first.text}"
+        word = " by elimination" if first.verdict != "guilty" else ""
+        shown = f" ({self.fall.shown})" if self.fall.shown else ""
+        return f"{first.suspect}{word}{others}{shown}: {first.text}"
 
     def table(self) -> pd.DataFrame:
         """One line a suspect."""
@@ -125,7 +133,9 @@ def sides_table(diagnosis: Diagnosis) -> pd.DataFrame:
 
 # %% ../../nbs/pipeline/54_diagnosis.ipynb #1b4ff86d
 def _fell(fall: Fall) -> bool:
-    """True when the bad release's own evaluation is worse than the good one's by its log loss or accuracy."""
+    """True when a rollout showed it, or the bad release's own evaluation is worse than the good one's by its log loss or accuracy."""
+    if fall.shown:
+        return True
     good, bad = fall.good.metrics, fall.bad.metrics
     if "log_loss" in good and "log_loss" in bad:
         return bad["log_loss"] > good["log_loss"]
@@ -233,7 +243,14 @@ def choose_remedy(
     """What to do about the likeliest suspect."""
     fall, culprit = diagnosis.fall, diagnosis.culprit
     if diagnosis.verdict == "data" and culprit is not None and culprit.change is not None:
-        return _data_remedy(culprit, culprit.change, keys_file)
+        if culprit.is_shown or not keys_file:
+            return _data_remedy(culprit, culprit.change, keys_file)
+        why = f"{fall.shown}; {len(culprit.suspicious_keys):,} rows were forced in or look wrong"
+        return Remedy(
+            _drop_command(culprit, culprit.line[0], keys_file, why),
+            f"a new version without the rows in {keys_file}: all that were forced in or look wrong, most suspicious first. Delete "
+            "the keys that are right from that file before; where the data were taken back already, this makes the same version again",
+        )
     if diagnosis.verdict == "not shown" and culprit is not None and keys_file:
         kind = f"{len(culprit.suspicious_keys):,}" + (
             " forced and" if any(culprit.forced.values()) else ""

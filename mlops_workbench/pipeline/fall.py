@@ -25,7 +25,7 @@ from ..recipes.protocol import Recipe
 
 # %% auto #0
 __all__ = ['CODE_TAGS', 'DATE', 'Side', 'Fall', 'release_side', 'data_side', 'read_moment', 'answering_release', 'release_before',
-           'find_alert', 'alert_fall', 'read_fall']
+           'find_alert', 'worse_rollout', 'alert_fall', 'read_fall']
 
 # %% ../../nbs/pipeline/51_fall.ipynb #542b0b5c
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Fall:
         None  # of the traffic in which it showed, seconds since 1970
     )
     before: tuple[float, float] | None = None  # of the traffic before
+    shown: str = ""  # what a rollout of the bad release against the good one ended with, where that was "worse"
 
     @property
     def same_release(self) -> bool:
@@ -148,6 +149,15 @@ def find_alert(ledger: Ledger, text: str) -> DecisionRow:
     known = ", ".join(f"{row.id} ({row.subject})" for row in rang[:5]) or "none yet"
     raise UsageError(f"expected an alert that rang, found {shorten(text)}; there are: {known}")
 
+# %% ../../nbs/pipeline/51_fall.ipynb #c1bc46e6
+def worse_rollout(ledger: Ledger, good: Side, bad: Side) -> str:
+    """The last rollout of the bad release against the good one, where it ended with "worse", in words; else ""."""
+    for row in ledger.decisions(limit=1000, kind="rollout", subject=bad.name):
+        if (word := row.evidence.get("word")) and row.evidence.get("champion") == good.name:
+            said = f"{row.evidence['rollout']} ended with worse: {row.evidence['why']}"
+            return said if word == "worse" else ""
+    return ""
+
 # %% ../../nbs/pipeline/51_fall.ipynb #44538666
 def alert_fall(workspace: Workspace, text: str) -> Fall:
     """The fall that an alert tells of: the release that served then, and the one before it."""
@@ -158,7 +168,8 @@ def alert_fall(workspace: Workspace, text: str) -> Fall:
     bad = ledger.release(digest) if digest else answering_release(workspace, window)
     good = release_before(ledger, bad.digest) or bad
     asked = f"alert {row.id}, {row.subject}: {row.reason}"
-    return Fall(asked, release_side(workspace, good), release_side(workspace, bad), window)
+    sides = release_side(workspace, good), release_side(workspace, bad)
+    return Fall(asked, *sides, window, shown=worse_rollout(ledger, *sides))
 
 # %% ../../nbs/pipeline/51_fall.ipynb #de6cfa20
 def read_fall(
@@ -195,7 +206,8 @@ def read_fall(
         text + (_span_words(window) if window else "")
         for text, window in zip((good, bad), windows, strict=True)
     )
-    return Fall(asked, sides[0], sides[1], windows[1], windows[0])
+    shown = worse_rollout(Ledger(workspace.ledger_url), sides[0], sides[1])
+    return Fall(asked, sides[0], sides[1], windows[1], windows[0], shown)
 
 
 def _example(workspace: Workspace) -> str:
