@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'DataVersion', 'version_record', 'parse_record', 'ReadyRows
 # %% ../../nbs/data/09_records.ipynb #fe8a50f3
 import html
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -144,9 +144,20 @@ class ReadyRows:
         """The rows exactly as a later load gives them."""
         return to_frame(self.table, self.types)
 
-    def manifest(self, batch: str, arrived: str, previous: pa.Table | None) -> pa.Table:
-        """The row manifest; rows that did not change keep batch and arrival."""
-        return row_manifest(self.keys, self.hashes, self.labels, batch, arrived, previous)
+    def manifest(
+        self,
+        batch: str,
+        arrived: str,
+        previous: pa.Table | None = None,
+        shared: Collection[str] | None = None,  # the columns that `previous` was hashed over
+    ) -> pa.Table:
+        """The row manifest; rows that did not change in the shared columns keep batch and arrival."""
+        left = [name for name in self.types if name != self.label and name not in (shared or ())]
+        hashes = self.hashes
+        if shared is not None and left:
+            sums = self.sums - hash_sums(self.table, left)
+            hashes = mix(sums + hash_column(self.table[self.label], self.label))
+        return row_manifest(self.keys, hashes, self.labels, batch, arrived, previous)
 
 # %% ../../nbs/data/09_records.ipynb #9cd040f8
 def rows_digest(

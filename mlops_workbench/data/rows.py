@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Hashes', 'check_keys', 'whole', 'key_texts', 'label_array', 'label_texts', 'mix', 'hash_bytes', 'hash_column',
-           'hash_sums', 'hash_rows', 'match_keys', 'row_manifest', 'new_row_mask']
+           'hash_missing', 'hash_sums', 'hash_rows', 'match_keys', 'row_manifest', 'new_row_mask']
 
 # %% ../../nbs/data/01_rows.ipynb #2cba9e50
 import hashlib
@@ -143,11 +143,16 @@ def hash_column(
 ) -> Hashes:
     """One column's part of every row hash [n]."""
     column = whole(column)
-    salts = hash_bytes([b"value " + name.encode(), b"missing " + name.encode()])
-    hashes = mix(_hash_cells(column) ^ salts[0])
+    hashes = mix(_hash_cells(column) ^ hash_bytes([b"value " + name.encode()])[0])
     if column.null_count:
-        hashes[column.is_null().to_numpy(zero_copy_only=False)] = mix(salts[1:])[0]
+        hashes[column.is_null().to_numpy(zero_copy_only=False)] = hash_missing(name)
     return hashes
+
+
+def hash_missing(name: str) -> np.uint64:
+    """The part of a row hash of a cell without a value, whatever type its column has."""
+    part: np.uint64 = mix(hash_bytes([b"missing " + name.encode()]))[0]
+    return part
 
 # %% ../../nbs/data/01_rows.ipynb #68826742
 def hash_sums(

@@ -183,8 +183,9 @@ class Snapshot:
         remove_drafts(self.places)
         created = iso(now())
         base = self.usable_base()
-        previous = base.row_manifest() if base is not None else None
-        manifest = self.rows.manifest(self.batch, self.arrived or created, previous)
+        shared = None if base is None else set(base.version.columns) & set(self.rows.types)
+        previous = base.row_manifest(shared) if base is not None else None
+        manifest = self.rows.manifest(self.batch, self.arrived or created, previous, shared)
         stored = same or FileWriter(self.places, self.rows, base).write(self.name, manifest)
         version = DataVersion(
             name=self.name,

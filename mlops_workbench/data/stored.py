@@ -8,7 +8,7 @@ __all__ = ['Result', 'Lock', 'READERS', 'StoredVersion']
 # %% ../../nbs/data/16_stored.ipynb #c3b2877a
 import contextlib
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TypeVar
@@ -24,7 +24,16 @@ from ..core.files import sha256_bytes
 from . import dvc
 from .groups import HASHES, KEY, LABEL, ORIGIN, Group, VersionFiles
 from .records import DataVersion
-from .rows import Hashes, hash_column, key_texts, label_array, mix, whole
+from mlops_workbench.data.rows import (
+    Hashes,
+    hash_column,
+    hash_missing,
+    hash_sums,
+    key_texts,
+    label_array,
+    mix,
+    whole,
+)
 from .shards import Shard, unpack
 from .storage import Places, fetch_files
 from .tables import to_frame
@@ -157,11 +166,20 @@ class StoredVersion:
         """The hash of every row."""
         return mix(self.sums + hash_column(self.label_column, self.version.label))
 
-    def row_manifest(self) -> pa.Table:
-        """The columns key, row_hash, label, batch and arrived of every row."""
+    def hashes_over(self, columns: Collection[str]) -> Hashes:
+        """The hash of every row over these columns and the label; one that the version has not counts as without values."""
+        own = [name for name in self.version.columns if name != self.version.label]
+        left = [name for name in own if name not in columns]
+        sums = self.sums - hash_sums(self.columns(left), left) if left else self.sums.copy()
+        for name in set(columns) - set(self.version.columns):
+            sums += hash_missing(name)
+        return mix(sums + hash_column(self.label_column, self.version.label))
+
+    def row_manifest(self, columns: Collection[str] | None = None) -> pa.Table:
+        """The columns key, row_hash (over some columns, where they are named), label, batch and arrived of every row."""
         rows = {
             "key": self.keys,
-            "row_hash": pa.array(self.hashes),
+            "row_hash": pa.array(self.hashes if columns is None else self.hashes_over(columns)),
             "label": label_array(self.label_column),
         }
         origin = self.group(ORIGIN)

@@ -19,7 +19,7 @@ import pandas as pd
 from ..core.errors import DataError
 from ..data.changes import Changes, ChangeSet, read_changes, versions_between
 from ..data.drop import MOST
-from ..data.forced import row_index, rows_brought_by
+from ..data.forced import rows_shared, rows_brought_by
 from ..data.records import DataVersion
 from ..data.versions import DataStore
 from ..experiment.retrains import Budget, Retrain, Retrainer
@@ -246,7 +246,6 @@ def refused_keys(inquiry: Inquiry) -> dict[str, tuple[Any, ...]]:
     """
     found: dict[str, tuple[Any, ...]] = {}
     key, last = str(inquiry.recipe.features.key), inquiry.store.resolve(inquiry.line[-1])
-    first = row_index(inquiry.store, inquiry.line[0])
     for ref in inquiry.line[1:]:
         if inquiry.store.resolve(ref).forced:
 
@@ -254,7 +253,7 @@ def refused_keys(inquiry: Inquiry) -> dict[str, tuple[Any, ...]]:
                 return at.ref == ref
 
             brought = rows_brought_by(inquiry.store, last, is_it)
-            brought &= ~row_index(inquiry.store, last).isin(first)
+            brought &= ~rows_shared(inquiry.store, last, inquiry.line[0])
             if brought.any():
                 found[ref] = tuple(inquiry.rows(inquiry.line[-1])[key][brought])
     return found
@@ -266,7 +265,7 @@ def still_standing(inquiry: Inquiry, place: int, change: ChangeSet) -> ChangeSet
     if ref == last or change.kind == "rows removed":
         return change
     store, key = inquiry.store, str(inquiry.recipe.features.key)
-    same = row_index(store, ref).isin(row_index(store, last))
+    same = rows_shared(store, ref, last)
     left = set(inquiry.rows(ref)[key][same])
     return replace(change, keys=tuple(k for k in change.keys if k in left))
 

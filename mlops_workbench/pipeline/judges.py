@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..core.errors import DataError
 from ..data.findings import rows_in_words
-from ..data.forced import forced_rows, row_index, rows_brought_by
+from ..data.forced import forced_rows, rows_shared, rows_brought_by
 from ..data.versions import DataStore
 from ..data.defaults import withdrawn_versions
 from ..recipes.protocol import Recipe
@@ -32,7 +32,7 @@ def judging_rows(store: DataStore, good: str, bad: str) -> tuple[pd.DataFrame, i
     frame = store.load(version)
     if not doubtful.any():
         return frame, 0
-    repaired = doubtful & ~row_index(store, version).isin(row_index(store, later))
+    repaired = doubtful & ~rows_shared(store, version, later)
     return frame[~doubtful].reset_index(drop=True), int(repaired.sum())
 
 
@@ -41,7 +41,7 @@ def doubts(store: DataStore, parent: str, later: str) -> str:
     version = store.resolve(parent)
     if version.ref in withdrawn_versions(store.workspace, version.name):
         return "it was taken back"
-    gone = ~row_index(store, version).isin(row_index(store, later))
+    gone = ~rows_shared(store, version, later)
     forced = int((forced_rows(store, version) & gone).sum())
     return f"{rows_in_words(forced)} of it had been forced in against the checks" if forced else ""
 
