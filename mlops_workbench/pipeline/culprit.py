@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..core.errors import DataError
 from ..data.changes import Changes, ChangeSet, read_changes, versions_between
-from ..data.drop import MOST
+from ..data.drop import MOST, REST
 from ..data.forced import rows_shared, rows_brought_by
 from ..data.records import DataVersion
 from ..data.versions import DataStore
@@ -90,9 +90,17 @@ class Culprit:
 
     @property
     def batch_keys(self) -> tuple[Any, ...]:
-        """The keys of the whole guilty change where most of its rows are guilty; none where only some are."""
+        """The keys of the whole guilty change where leaving out the guilty rows would not mend it; none where it would."""
         keys = self.change.keys if self.change is not None else ()
-        return keys if len(self.guilty_keys) > MOST * len(keys) else ()
+        beyond_repair = len(self.guilty_keys) > MOST * len(keys) or self.wrong_rest > REST
+        return keys if self.guilty_keys and beyond_repair else ()
+
+    @property
+    def wrong_rest(self) -> float:
+        """The estimated share of wrong labels among the rows of the change that are not named, beyond the judges' own."""
+        if self.rows is None or self.belief is None or self.rows["guilty"].all():
+            return 0.0
+        return float(self.rows["belief"][~self.rows["guilty"]].mean()) - self.belief.usual.share
 
     @property
     def is_small(self) -> bool:

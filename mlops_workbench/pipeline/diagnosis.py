@@ -18,6 +18,7 @@ import pandas as pd
 from ..core.clock import iso
 from ..core.workspace import Workspace
 from ..data.changes import ChangeSet
+from ..data.drop import REST
 from ..data.thumbnails import brightness, picture_column, thumbnail
 from ..data.versions import DataStore
 from ..experiment.retrains import Budget, Retrainer
@@ -76,9 +77,10 @@ class Diagnosis:
         verdicts = {item.suspect: item.verdict for item in self.findings}
         code, data = verdicts.get("code"), verdicts.get("data")
         if data == "not shown":
-            alone = code == verdicts.get("parameters") == "innocent"
-            return ("data",) if alone and self.fall.shown else ()
-        return ("code",) if code == "changed" and _fell(self.fall) else ()
+            same = code == verdicts.get("parameters") == "innocent"
+            return ("data",) if same and self.fall.shown else ()
+        alone = code == "changed" and data != "possible"
+        return ("code",) if alone and _fell(self.fall) else ()
 
     @property
     def verdict(self) -> str:
@@ -225,8 +227,10 @@ def _data_remedy(culprit: Culprit, change: ChangeSet, keys_file: str) -> Remedy:
     why = f"{len(culprit.guilty_keys)} suspicious rows of {culprit.version}"
     what = "the guilty rows"
     if whole:
-        why = f"{change.title}{where}: most of it looks wrong"
+        why = f"{change.title}{where}: too much of it looks wrong"
         what = f"the {whole:,} rows of the change, of which {len(culprit.guilty_keys):,} are guilty"
+        if culprit.wrong_rest > REST:
+            what += f" and about {culprit.wrong_rest:.0%} of the others wrong, though nobody can say which"
     elif where:
         why += f" ({change.name})"
     return Remedy(

@@ -156,7 +156,8 @@ def judge_data(fall: Fall, culprit: Culprit | None) -> Finding:
         word = "the second is the better one; were the two swapped?"
         word = word if effect.high < 0 else f"within what chance does{culprit.cap_words}"
         told = f"{words}: {word}"
-        return Finding("data", "innocent", told, numbers)
+        is_open = bool(culprit.cap_words) and effect.high >= 0
+        return Finding("data", "possible" if is_open else "innocent", told, numbers)
     if not culprit.is_shown:
         return Finding(
             "data",
