@@ -260,6 +260,12 @@ def test_a_clone_builds_on_the_default_that_was_named_there(
     base = base_version(Workspace.open(clone), "flights")
     assert base is not None
     assert base.ref == "flights@v1.0"
+    newer = DataStore(Workspace.open(clone)).snapshot(
+        "flights", table(450), parent=base.ref, **NAMES
+    )
+    assert main(["data", "pull", "--from", remote.name, *there]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("4 versions from ") and f"whole here: {newer.ref}" in said
 
 
 @pytest.mark.parametrize("label", ["default", "Taken-back", "latest", "v2", "1.0", "V1.0"])

@@ -101,7 +101,9 @@ def rollback(ref: str, reason: str, workspace: Path | None, as_json: bool) -> No
         click.echo(
             f"{back.ref} ({counted(back.rows, 'row')}) is the default version in place of {back.previous}"
         )
-        click.echo(f"do not count any more: {', '.join(back.withdrawn) or 'none'}; all are kept")
+        gone = ", ".join(back.withdrawn[:12]) or "none"
+        more = f" and {len(back.withdrawn) - 12} more" if back.withdrawn[12:] else ""
+        click.echo(f"do not count any more: {gone}{more}; all are kept")
         click.echo(f"undo: mwb data rollback {back.previous}; a new model: mwb run train")
         for remark in back.remarks:
             click.echo(f"warning: {remark}", err=True)

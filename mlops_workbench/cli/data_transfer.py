@@ -45,11 +45,15 @@ def _tell(moved: Transfer, as_json: bool) -> None:
         print_json(moved)
         return
     there = moved.objects - moved.moved
-    where = "to" if moved.direction == "push" else "from"
+    where, place = ("to", "there") if moved.direction == "push" else ("from", "here")
     click.echo(
         f"{counted(len(moved.versions), 'version')} {where} {moved.remote}: {counted(moved.moved, 'object')} moved "
-        f"({counted(moved.bytes, 'byte')}), {there} there already, {moved.mended} replaced, {moved.seconds:.1f} s"
+        f"({counted(moved.bytes, 'byte')}), {there} {place} already, {moved.mended} replaced, {moved.seconds:.1f} s"
     )
+    if moved.absent:
+        click.echo(
+            f"not in {moved.remote}, whole here: {', '.join(moved.absent)}; mwb data push sends them"
+        )
 
 # %% ../../nbs/cli/28_data_transfer.ipynb #5a8e4c29
 @click.command("push")

@@ -47,6 +47,7 @@ class Transfer:
     bytes: int  # of those
     mended: int  # objects that were there in half, or damaged, and were replaced
     seconds: float
+    absent: tuple[str, ...] = ()  # of a pull: versions that are whole here and not in the remote
 
     def _repr_html_(self) -> str:
         cells = (
@@ -163,6 +164,7 @@ class _Counts:
     moved: int = 0
     bytes: int = 0
     mended: int = 0
+    absent: tuple[str, ...] = ()
 
     def add(
         self,
@@ -174,7 +176,7 @@ class _Counts:
     ) -> None:
         """Count one batch that arrived."""
         self.remote = batch.remote.address
-        self.versions += tuple(batch.pointers)
+        self.versions += tuple(ref for ref in batch.pointers if ref not in self.absent)
         self.objects += len(objects)
         self.moved += len(moved)
         self.bytes += sum(sizes[md5] or 0 for md5 in moved)
@@ -270,6 +272,11 @@ def pull(
                 f"{damaged[0]} of {objects[damaged[0]]}; push that version again from where it is whole"
             )
         _keep_too(store, batch, objects)
+        there = remote_sizes(batch.remote, batch.work)
+        here_only = [
+            ref for ref, each in batch.pointers.items() if dvc.pointer_hash(each) not in there
+        ]
+        counts.absent += tuple(here_only)
         counts.add(batch, objects, new, mended, {md5: batch.local_size(md5) for md5 in new})
     return counts.transfer(time.monotonic() - begun)
 

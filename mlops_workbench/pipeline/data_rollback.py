@@ -23,6 +23,7 @@ from mlops_workbench.data.defaults import (
 from ..data.findings import rows_in_words
 from ..data.names import with_data_set
 from ..data.records import DataVersion
+from ..data.tags import version_number
 from ..data.versions import DataStore
 
 # %% ../../nbs/pipeline/46_data_rollback.ipynb #8105b9af
@@ -94,7 +95,7 @@ def rollback_data(
         before,
         version.rows,
         True,
-        tuple(sorted(withdrawn)),
+        tuple(sorted(withdrawn, key=lambda each: version_number(each.partition("@")[2]))),
         change.decision_id,
         tuple(_remarks(version, known)),
     )
