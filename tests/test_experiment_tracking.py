@@ -158,7 +158,7 @@ def test_a_run_knows_where_it_comes_from(workspace: Workspace, run: tuple[str, P
     assert tags["mlflow.source.git.commit"] == tags["code_commit"]
 
 
-@pytest.mark.parametrize("wanted", [20, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wanted", [8, pytest.param(60, marks=pytest.mark.slow)])
 def test_every_metric_exactly_once_though_writer_and_shipper_are_killed(
     workspace: Workspace, run: tuple[str, Path], wanted: int
 ) -> None:
@@ -229,7 +229,7 @@ print(kills, between)
     assert "shipping_problems" not in show_run(workspace, run_id).row.tags
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_no_run_stays_open_whenever_its_process_is_killed(workspace: Workspace, kills: int) -> None:
     """Whole small lives, from start to finish, killed at random moments."""
     ensure_store(workspace)

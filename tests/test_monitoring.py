@@ -163,7 +163,7 @@ def counted(predictions: Path) -> Counter[str]:
     return counts
 
 
-@pytest.mark.parametrize("attempts", [10, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("attempts", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_compaction_killed_anywhere_loses_and_doubles_nothing(
     tmp_path: Path, attempts: int
 ) -> None:

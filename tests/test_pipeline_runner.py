@@ -552,7 +552,7 @@ def assert_nothing_lost_or_doubled(workspace: Workspace, kills: int) -> None:
         assert not processes_of(folder)
 
 
-@pytest.mark.parametrize("wanted", [6, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wanted", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_runner_killed_at_random_moments_goes_on_where_it_was(
     tmp_path: Path, wanted: int
 ) -> None:
@@ -607,7 +607,7 @@ def kill_later(pid: int, seconds: float) -> None:
     threading.Timer(seconds, end).start()
 
 
-@pytest.mark.parametrize("most", [5, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_kernel_killed_at_random_moments_goes_on_where_it_was(tmp_path: Path, most: int) -> None:
     workspace = fresh(tmp_path, LOOP)
     choose = random.Random(10)

@@ -255,6 +255,7 @@ def test_the_next_month_and_the_answered_requests_join_the_data(
     assert "mine@v1.2: 2,300 rows, 300 of them new, accepted" in said
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_forced_batch_that_was_taken_back_is_not_forced_in_again(
     served: tuple[Path, str], own_table: Path

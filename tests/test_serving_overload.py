@@ -173,6 +173,7 @@ def test_pipelined_requests_are_answered_in_order_and_hold_up_nobody(
     assert len(logged(workspace.predictions)) == len(ids) + len(beside)
 
 
+@pytest.mark.slow
 def test_a_refusal_does_not_wait_for_a_long_body(server: RunningServer) -> None:
     """Who is turned away before a body of megabytes is told at once, and the connection ends."""
 

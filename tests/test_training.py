@@ -97,6 +97,7 @@ def test_same_seed_same_bytes_another_seed_other_bytes(
     assert outputs(other)["out/model.safetensors"] != outputs(undisturbed)["out/model.safetensors"]
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bytes(
     undisturbed: Path, device: str, tmp_path: Path
 ) -> None:

@@ -220,6 +220,7 @@ def test_nothing_planted_accuses_nobody(tmp_path: Path) -> None:
     assert found.finding("seed noise").verdict == "possible"
 
 
+@pytest.mark.slow  # the demo, which the README test runs, shows the same on two releases
 def test_forced_rows_are_named_although_no_fall_is_shown(tmp_path: Path) -> None:
     """June with half of its labels turned, forced in: the accuracy holds, so nobody is blamed and nothing rolled back."""
     store = DataStore(create_workspace(tmp_path / "w", name="flights", recipe="flights"))
