@@ -150,12 +150,14 @@ def rollout_promises(
 def diagnosis_promise(record: Mapping[str, Any], turned: Set[str], seconds: float) -> Promise:
     """Hold what `mwb why` found against the rows whose labels were turned round."""
     data = record["data"] or {}
-    named = set(data.get("suspicious_keys") or ())
+    keys = data.get("suspicious_keys") or []
+    named, first = set(keys), len(turned.intersection(keys[:100]))
     return Promise(
         "what made it worse is found, down to the rows",
         f"{record['verdict']}: {data.get('guilty_version') or 'no version'}; {len(named):,} rows named, "
-        f"{len(named & turned):,} of the {len(turned):,} turned labels among them, {seconds:.0f} s",
-        record["verdict"] == "data" and len(named & turned) >= 0.9 * len(turned),
+        f"{len(named & turned):,} of the {len(turned):,} turned labels among them, {first} of the 100 "
+        f"most suspicious; {seconds:.0f} s",
+        record["verdict"] == "data" and len(named & turned) >= 0.9 * len(turned) and first >= 70,
     )
 
 # %% ../../nbs/pipeline/42_board.ipynb #fc61aa12
