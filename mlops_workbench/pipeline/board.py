@@ -151,7 +151,7 @@ def diagnosis_promise(record: Mapping[str, Any], turned: Set[str], seconds: floa
     """Hold what `mwb why` found against the rows whose labels were turned round."""
     data = record["data"] or {}
     keys = data.get("suspicious_keys") or []
-    named, first = set(keys), len(turned.intersection(keys[:100]))
+    named, first = set(keys), len(turned & set(keys[:100]))
     return Promise(
         "what made it worse is found, down to the rows",
         f"{record['verdict']}: {data.get('guilty_version') or 'no version'}; {len(named):,} rows named, "
