@@ -88,8 +88,9 @@ def drop(
     if as_json:
         print_json(record)
         return
+    done = "is all that is left, and the default," if version.unchanged else "stored "
     click.echo(
-        f"{version.ref}  stored  {counted(version.rows, 'row')}; to learn from it: mwb run train evaluate deploy -p data_version={version.ref}"
+        f"{version.ref}  {done} {counted(version.rows, 'row')}; to learn from it: mwb run train evaluate deploy -p data_version={version.ref}"
     )
     if cleared > 0:
         click.echo(

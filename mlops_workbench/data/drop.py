@@ -62,7 +62,8 @@ def drop_rows(
 
     Rows that had been forced in and stay are checked again, unless most of them went: when they pass now, and hardly more of
     their labels are wrong than of honest rows, the new version stands on the last one before the force, and is not forced
-    itself. Else they stay marked: what was refused once gets no tolerance.
+    itself. Else they stay marked: what was refused once gets no tolerance. Where only rows of that last one are left, it
+    comes back itself.
     """
     version = store.resolve(ref)
     frame = store.load(version)
@@ -91,14 +92,11 @@ def drop_rows(
     ):
         delivery = deliver(store, clean, kept, version.key)
         report = judge(store, delivery, **names, **checks)
+        if report is None:  # nothing that came after the last good version is left
+            return store.snapshot(version.name, kept, **names, message=message, parent=clean.ref)
         whole = judge(store, deliver(store, clean, frame, version.key), **names, **checks)
         rest = set(delivery.batch[version.key])
-        if (
-            report is not None
-            and report.verdict == "accept"
-            and _labels_as_usual(report)
-            and _rest_is_right(whole, rest)
-        ):
+        if report.verdict == "accept" and _labels_as_usual(report) and _rest_is_right(whole, rest):
             names |= {"message": message, "parent": clean.ref, "report": report}
             names["source_batch"] = _one_batch(store, version, delivery.batch[version.key])
             return store.snapshot(version.name, kept, **names)
