@@ -223,3 +223,9 @@ def test_pictures_of_ones_own_are_learned_from(
     assert main(["data", "import", "mine", str(odd), *more]) == 1
     assert "did you mean 'class-3'" in capsys.readouterr().err
     assert len(store.load("mine")) == 1000
+    # written as files, they are the same rows again
+    out = tmp_path / "out"
+    assert main(["data", "checkout", "mine", str(out), "--png", "-w", str(root)]) == 0
+    assert len(list(out.glob("class-3/*.png"))) == (rows["label"] == 3).sum()
+    assert main(["data", "import", "mine", str(out), *more]) == 0
+    assert "unchanged" in capsys.readouterr().out

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from mlops_workbench.data.diff import DataDiff
+    from mlops_workbench.data.pictures import GreyPictures
     from mlops_workbench.data.records import DataVersion
     from mlops_workbench.data.versions import DataStore
 
@@ -336,13 +337,29 @@ def _diff_rows(difference: DataDiff, limit: int) -> dict[str, list[dict[str, Any
         for kind, table in tables.items()
     }
 
+# %% ../../nbs/cli/09_data.ipynb #adaf1709
+def _grey_pictures(store: DataStore, version: DataVersion) -> GreyPictures:
+    """How the recipe's pictures are drawn; UsageError for a data set without any."""
+    from mlops_workbench.data.pictures import GreyPictures as Drawn
+    from mlops_workbench.recipes.protocol import load_recipe
+
+    recipe = load_recipe(store.workspace.settings.workspace.recipe, store.root)
+    for feature in recipe.features.features if recipe.dataset == version.name else ():
+        if feature.kind == "image" and feature.name in version.columns and len(feature.shape) == 2:
+            height, width = feature.shape
+            return Drawn(feature.name, (height, width), feature.scale[1])
+    raise UsageError(
+        f"expected grey pictures of the recipe in {version.ref} for --png, found none; leave --png out for Parquet"
+    )
+
 # %% ../../nbs/cli/09_data.ipynb #a2e65801
 @data.command("checkout")
 @click.argument("ref")
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--png", is_flag=True, help="A recipe's pictures as PNG files, one folder a class.")
 @workspace_option
 @json_option
-def checkout(ref: str, folder: Path, workspace: Path | None, as_json: bool) -> None:
+def checkout(ref: str, folder: Path, png: bool, workspace: Path | None, as_json: bool) -> None:
     """Write a version into FOLDER for other programs: Parquet, or the files of `mwb data import`.
 
     `_version.json` beside them says which version it is and what the labels are called.
@@ -353,8 +370,10 @@ def checkout(ref: str, folder: Path, workspace: Path | None, as_json: bool) -> N
 
     store = open_store(workspace)
     version = store.resolve(ref)
+    drawn = _grey_pictures(store, version) if png else None
     with waiting("fetching"):
-        place = store.checkout(version, folder, known_classes(store.workspace, version.name))
+        classes = known_classes(store.workspace, version.name)
+        place = store.checkout(version, folder, classes, drawn)
     print_record({"ref": version.ref, "folder": str(place), "rows": version.rows}, as_json)
 
 # %% ../../nbs/cli/09_data.ipynb #cf620cc7

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PATH', 'LABEL', 'IMAGE', 'LABELS_FILE', 'SETTLED_NANOSECONDS', 'SEEN', 'FolderScan', 'scan_folder', 'read_folder',
-           'labels_file', 'write_pictures', 'small_copy', 'folder_state']
+           'labels_file', 'write_pictures', 'GreyPictures', 'draw_pictures', 'small_copy', 'folder_state']
 
 # %% ../../nbs/data/17_pictures.ipynb #937d2d62
 import io
 import os
 import warnings
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import time_ns
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import DataError, UsageError, shorten
 from ..core.files import safe_join, sha256_bytes, sha256_file
+from .findings import class_name
 from .storage import CHECKOUT
 
 # %% ../../nbs/data/17_pictures.ipynb #1fb18f2c
@@ -187,6 +188,43 @@ def write_pictures(
     table.drop(columns=content).rename(columns={key: PATH}).to_csv(
         folder / LABELS_FILE, index=False
     )
+
+# %% ../../nbs/data/17_pictures.ipynb #869d2568
+@dataclass(frozen=True)
+class GreyPictures:
+    """How the cells of a column are drawn."""
+
+    column: str
+    shape: tuple[int, int]  # height and width in pixels
+    brightest: float  # the value that is drawn white
+
+
+def draw_pictures(
+    table: pd.DataFrame,
+    folder: Path,  # empty
+    pictures: GreyPictures,
+    *,
+    key: str,
+    label: str,
+    classes: Sequence[str] = (),  # what labels 0, 1 ... are called
+) -> None:
+    """Write CLASS/KEY.png for every row, and all other columns into `_labels.csv`; a key that is such a path stays it."""
+    from PIL import Image
+
+    names = [class_name(each, classes) for each in table[label]]
+    paths = []
+    for row_key, name in zip(table[key].astype(str), names, strict=True):
+        path = row_key if row_key.startswith(f"{name}/") else f"{name}/{row_key}"
+        paths.append(path if path.lower().endswith(".png") else f"{path}.png")
+    contents = []
+    for cell in table[pictures.column]:
+        grey = np.rint(np.asarray(cell, dtype=np.float64) * (255 / pictures.brightest))
+        stream = io.BytesIO()
+        Image.fromarray(grey.astype(np.uint8).reshape(pictures.shape)).save(stream, "PNG")
+        contents.append(stream.getvalue())
+    others = table.drop(columns=[pictures.column, label])
+    drawn = pd.DataFrame({PATH: paths, LABEL: names}).join(others)
+    write_pictures(drawn.assign(**{IMAGE: contents}), folder, key=PATH, content=IMAGE)
 
 # %% ../../nbs/data/17_pictures.ipynb #c7a7d620
 SEEN = 16  # pixels of a small copy, each way

@@ -29,6 +29,8 @@ from mlops_workbench.data.pictures import (
     IMAGE,
     LABEL,
     PATH,
+    GreyPictures,
+    draw_pictures,
     folder_state,
     read_folder,
     scan_folder,
@@ -220,13 +222,16 @@ class DataStore:
         ref: str | DataVersion,
         folder: Path | str,
         classes: Sequence[str] = (),  # what labels 0, 1 ... are called; stands in `_version.json`
+        drawn: GreyPictures | None = None,  # a column to write as PNG files, one folder a class
     ) -> Path:
         """Write a version into a folder for other programs, as Parquet or as the files it was made of.
 
         The folder is new, empty, or one that an earlier checkout wrote; else UsageError.
         """
         stored = self.stored(ref)
-        return write_checkout(Path(folder), lambda draft: _write_version(stored, draft, classes))
+        return write_checkout(
+            Path(folder), lambda draft: _write_version(stored, draft, classes, drawn)
+        )
 
     def verify(self, ref: str | None = None, *, repair: bool = True) -> list[StoredProblem]:
         """Hash every file of one version or of all, everywhere; returns what was found wrong.
@@ -300,13 +305,19 @@ class DataStore:
 # %% ../../nbs/data/13_versions.ipynb #9b4f67d2
 CHECKOUT_ROWS = 1 << 17  # in one Parquet file of a checkout
 
-# %% ../../nbs/data/13_versions.ipynb #660d3d86
-def _write_version(stored: StoredVersion, folder: Path, classes: Sequence[str]) -> None:
+# %% ../../nbs/data/13_versions.ipynb #47491038
+def _write_version(
+    stored: StoredVersion, folder: Path, classes: Sequence[str], drawn: GreyPictures | None
+) -> None:
     """Fill a folder with the files of a version and its record."""
     version = stored.version
     record = {**version_record(version), "ref": version.ref, "commit": version.commit}
     if version.pictures:
         write_pictures(stored.frame(), folder, key=version.key, content=version.pictures)
+    elif drawn is not None:
+        draw_pictures(
+            stored.frame(), folder, drawn, key=version.key, label=version.label, classes=classes
+        )
     else:
         table = stored.columns(list(version.columns))
         for number, start in enumerate(range(0, len(table), CHECKOUT_ROWS)):
