@@ -285,7 +285,7 @@ def moved_html(snapshot: Snapshot) -> str:
         ]
         for column in moved
     ]
-    title = f"<h2>Drift</h2><p>{len(moved)} of {len(everything)} columns moved, against the data the release was trained on (the answers and the gaps of a column count as one each).</p>"
+    title = f"<h2>Drift</h2><p>{len(moved)} of {len(everything)} columns moved, against {found.get('reference') or 'the rows the release was trained on'} (the answers and the gaps of a column count as one each).</p>"
     table = table_html(
         ["column", "effect", "threshold", "direction"], rows, "", "columns that moved"
     )
@@ -305,7 +305,7 @@ def quality_html(snapshot: Snapshot) -> str:
         for change in changes
         if change["moved"]
     ]
-    title = "<h2>Quality against the evaluation</h2><p>Only what differs by more than chance explains.</p>"
+    title = "<h2>Quality against the evaluation</h2><p>Against the held-out rows that the release was judged on. Only what differs by more than chance explains.</p>"
     return (
         title
         + table_html(
