@@ -20,6 +20,7 @@ from ..core.workspace import Workspace
 from ..data.versions import DataStore
 from .champion import Champion, read_champion
 from .estimates import NOT_ENOUGH_DATA
+from .prediction_store import read_window
 from .quality import FIGURES as QUALITY_FIGURES
 from .snapshot import DRIFT_FIGURES
 
@@ -38,6 +39,7 @@ class UpdateInputs:
     waiting_rows: int  # labelled rows that wait to become a version
     snapshot: Mapping[str, Any] | None  # the monitor's last look, as JSON
     answered: str = ""  # the cycle that an update has begun since the champion serves
+    rows_since: int = 0  # labelled rows since that cycle was begun
 
 # %% ../../nbs/monitoring/13_decide_update.ipynb #ecfa608a
 @dataclass(frozen=True)
@@ -186,10 +188,10 @@ def decide_update(inputs: UpdateInputs, settings: UpdateSettings) -> UpdateDecis
     if not inputs.data_changed and not inputs.waiting_rows:
         summary = f"wait: nothing new to learn from beyond {inputs.trained_on}, in spite of {said}"
         return UpdateDecision(False, reasons, summary)
-    if inputs.answered and inputs.waiting_rows < settings.minimum_new_rows:
+    if inputs.answered and inputs.rows_since < settings.minimum_new_rows:
         summary = (
             f"wait: {inputs.answered} has answered it already and {inputs.champion} serves on; again after "
-            f"{settings.minimum_new_rows} new labelled rows ({inputs.waiting_rows} so far), in spite of {said}"
+            f"{settings.minimum_new_rows} new labelled rows ({inputs.rows_since} so far), in spite of {said}"
         )
         return UpdateDecision(False, reasons, summary)
     return UpdateDecision(True, reasons, f"retrain because of {said}")
@@ -229,6 +231,8 @@ def gather_inputs(
     manifest, store = champion.manifest, DataStore(workspace)
     following = store.resolve(next_data_version(workspace, champion))
     trained = store.resolve(manifest.data_version)
+    since = [(at, name) for name, at in (begun or {}).items() if at > champion.since]
+    began, answered = max(since, default=(0.0, ""))
     return UpdateInputs(
         now=timestamp(),
         champion=champion.name,
@@ -239,9 +243,8 @@ def gather_inputs(
         new_rows=max(0, following.rows - trained.rows),
         waiting_rows=waiting_rows,
         snapshot=snapshot,
-        answered=max(
-            (name for name, at in (begun or {}).items() if at > champion.since),
-            key=lambda name: (begun or {})[name],
-            default="",
-        ),
+        answered=answered,
+        rows_since=len(read_window(workspace.predictions, began, timestamp()).labelled)
+        if answered
+        else 0,
     )
