@@ -128,7 +128,8 @@ def test_who_guesses_has_to_wait_and_the_others_do_not(tmp_path: Path) -> None:
             for n in range(30)
         ]
         assert seen == [401] * 10 + [429] * 20
-        told = client.get("/api/me")
+        assert client.get("/api/me").status_code == 401, "who shows no token has guessed nothing"
+        told = client.get("/api/me", headers=bearer("mwb_00000000_guess"))
         assert told.status_code == 429 and 1 <= int(told.headers["retry-after"]) <= 61
         assert client.get("/api/me", headers=bearer(token)).status_code == 200
 

@@ -603,6 +603,12 @@ def test_the_decision_to_train_again_knows_what_is_new(
     )
     assert {reason.name for reason in waiting.reasons if reason.speaks} >= {"schedule", "quality"}
     assert decide(workspace, waiting_rows=60).verdict == "retrain"
+    champion = read_champion(workspace)
+    assert champion is not None
+    began = {"cycle-0001": champion.since - 1, "cycle-0002": champion.since + 1}
+    answered = gather_inputs(workspace, waiting_rows=10, begun=began)
+    assert "cycle-0002 has answered" in decide_update(answered, workspace.settings.update).summary
+    assert gather_inputs(workspace, begun={"cycle-0001": champion.since - 1}).answered == ""
     store.snapshot("flights", rows, key="flight", label="late", message="April")
     now = decide(workspace)
     assert now.retrain and "50 labelled rows" in now.summary

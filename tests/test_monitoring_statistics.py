@@ -3,16 +3,25 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from monitoring_support import FLIGHTS, draw_labels, draw_rows, flights_profile
 from scipy.stats import binom
 
+from mlops_workbench.experiment.export import export_model
+from mlops_workbench.experiment.recorder import Recorder
+from mlops_workbench.experiment.training import fit
 from mlops_workbench.monitoring.drift import drift
 from mlops_workbench.monitoring.quality import (
     compare_to_reference,
     measure_quality,
     reliability_table,
 )
+from mlops_workbench.pipeline.evaluate import reference_profile
+from mlops_workbench.pipeline.train import split_parts
+from mlops_workbench.recipes.flights import flights
+from mlops_workbench.recipes.protocol import encode
+from mlops_workbench.release.bundles import predict_onnx
 
 RATE = 0.05
 
@@ -157,3 +166,49 @@ def draw_rows_of_answers(
     """Labels and probabilities of such rows."""
     rows = draw_rows(generator, count)
     return draw_labels(generator, rows, shift), np.array(rows["probabilities"].tolist())
+
+
+@pytest.fixture(scope="module")
+def flights_release(tmp_path_factory: pytest.TempPathFactory):
+    """All flights with the answers of a release of January to mid April, how many rows it is made of, and its profile."""
+    folder = tmp_path_factory.mktemp("flights")
+    rows = flights.source("")
+    month = rows["flight_id"].str[5:7].astype(int)
+    version = pd.concat([rows[month <= 3], rows[month == 4].head(1600)], ignore_index=True)
+    parts = split_parts(flights, version)
+    with Recorder(folder / "run") as recorder:
+        trained = fit(
+            flights, parts["train"], parts["validation"], parameters={"epochs": 4}, seed=0,
+            folder=folder / "run", recorder=recorder,
+        )  # fmt: skip
+    export_model(flights, trained, folder)
+    arrays, labels = encode(flights, parts["test"])
+    held_out = predict_onnx(folder / "model.onnx", arrays)
+    profile = reference_profile(
+        flights, "flights@v1.1", parts, folder / "model.onnx", held_out, labels
+    )
+    asked = {"version": version, 4: rows[month == 4], 6: rows[month == 6]}
+    for name, part in asked.items():
+        answers = predict_onnx(folder / "model.onnx", encode(flights, part)[0])
+        asked[name] = part.assign(probabilities=list(answers)).reset_index(drop=True)
+    return profile, asked
+
+
+@pytest.mark.parametrize("rows", [500, 2_000])
+def test_traffic_like_the_data_version_raises_no_more_false_alarms_than_stated(
+    flights_release, rows: int
+) -> None:
+    """Whole days of flights are held out, and it rains on whole days: still a sample of all rows has not moved; April and June have."""
+    profile, asked = flights_release
+
+    def look(name: str | int, seed: int):
+        window = asked[name].sample(rows, random_state=seed, ignore_index=True)
+        return drift(profile, window, flights.features, seed=seed)
+
+    alarms = sum(any_moved(look("version", seed)) for seed in range(20))
+    assert alarms <= RATE * 20
+    for month in (4, 6):
+        found = look(month, 0)
+        moved = {column.column for column in found.everything if column.moved}
+        assert {"temp", "dewp"} <= moved
+        assert "columns moved against all rows of flights@v1.1, most temp" in found.summary

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import threading
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from core_support import race
+from pipeline_support import stage_cells, write_stages
 from rollout_support import add_release, decisions, release_pair, split
 from serving_support import (
     CARRIERS,
@@ -28,10 +30,17 @@ from mlops_workbench.core.clock import iso, now
 from mlops_workbench.core.errors import ConflictError, IntegrityError
 from mlops_workbench.core.ledger import Ledger, RolloutRow
 from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.pipeline.loop import deploy_waiting
 from mlops_workbench.release.deployment import deploy, rollback
 from mlops_workbench.release.rollout_evidence import read_evidence
 from mlops_workbench.release.rollout_judge import tend_rollout
-from mlops_workbench.release.rollouts import advance_rollout, start_rollout, the_rollout
+from mlops_workbench.release.rollouts import (
+    abort_rollout,
+    advance_rollout,
+    start_rollout,
+    the_rollout,
+)
+from mlops_workbench.release.waiting import in_the_way, let_wait, waiting_release
 
 QUICK = {"minimum_minutes": 0, "minimum_rows": 200, "margin": 0.1}
 BY = {"actor": "test", "reason": "a test"}
@@ -317,3 +326,42 @@ def test_the_deploy_stage_starts_a_rollout_where_the_settings_ask_for_one(
     assert json.loads(capsys.readouterr().out)["rollout"]["share"] == 0.05
     assert main(["status", *here]) == 0
     assert f"rollout-1, running: {new} has 5 % of the traffic" in capsys.readouterr().out
+
+
+def test_a_release_made_during_a_rollout_waits_for_its_turn_and_only_the_newest_is_deployed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The deploy stage of a cycle is no failure then; status and log say what it waits for; the loop deploys it afterwards."""
+    workspace, old, new = release_pair(tmp_path / "w", steps="5, 50")
+    add_release(workspace, "flights-r3")
+    made = """digest = stage.ledger.release("flights-r3").digest
+stage.output("release.json").write_text(json.dumps({"digest": digest}))
+stage.finish({}, {"release.json": stage.output("release.json")}, "passed", "passed")"""
+    cells = stage_cells("evaluate", body=made)[:-1]
+    write_stages(workspace, {"4_evaluate": cells})
+    shipped = Path(__file__).parents[1] / "nbs" / "stages" / "5_deploy.ipynb"
+    shutil.copy(shipped, workspace.root / "nbs" / "stages")
+    start_rollout(workspace, new, **BY)
+    here, said = ["-w", str(workspace.root)], list[str]()
+    assert main(["run", "evaluate", "deploy", *here]) == 0
+    assert "flights-r3 waits for rollout-1" in capsys.readouterr().out
+    assert main(["status", *here]) == 0
+    assert "flights-r3 waits for rollout-1, since" in capsys.readouterr().out
+    assert deploy_waiting(workspace, said.append) and said == ["flights-r3 waits for rollout-1"]
+
+    ledger = Ledger(workspace.ledger_url)
+    abort_rollout(workspace, the_rollout(ledger), **BY)
+    assert deploy_waiting(workspace, said.append)
+    assert f"flights-r3 (flights@v1.0) gets 5 % of the traffic beside {old}" in said[-1]
+    assert the_rollout(ledger).candidate == ledger.release("flights-r3").digest
+    assert waiting_release(ledger) is None, "its turn has come"
+
+    by = {"actor": "test", "cycle": "cycle-0001"}
+    for name in ("flights-r4", "flights-r5"):
+        add_release(workspace, name)
+        words = let_wait(ledger, ledger.release(name), in_the_way(ledger), **by)
+        assert words == f"{name} waits for rollout-2"
+    waiting = waiting_release(ledger)
+    assert waiting is not None and waiting.name == "flights-r5"
+    add_release(workspace, "flights-r6")  # approved, and by now on its way to its own deployment
+    assert waiting_release(ledger) is None, "a newer one is approved"

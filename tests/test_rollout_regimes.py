@@ -27,6 +27,7 @@ from mlops_workbench.release.regimes import (
     switch_back,
 )
 from mlops_workbench.release.rollouts import promote_rollout, start_rollout
+from mlops_workbench.release.waiting import in_the_way
 from mlops_workbench.serving.models import LoadedModel, load_model
 
 BY = {"actor": "test", "reason": "a test"}
@@ -70,6 +71,9 @@ def test_a_shock_is_met_by_the_special_and_both_ways_go_by_themselves(
         traffic.truth = shock
         there = until_decided(lambda: tend_regimes(workspace, actor="controller"), traffic)
         assert (there.verdict, there.evidence["by"]) == ("switched", "detector")
+        assert in_the_way(ledger) == "the special of storm", (
+            "no cycle begins, no release is deployed"
+        )
         for _ in range(10):
             traffic.send(5)
             assert (

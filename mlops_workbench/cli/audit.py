@@ -14,11 +14,11 @@ from mlops_workbench.cli.options import (
     json_option,
     print_json,
     print_table,
-    read_moment,
     workspace_option,
 )
 from ..core.asof import as_of
 from ..core.assignment import share_words
+from ..core.clock import read_moment
 from ..core.ledger import Ledger
 from ..core.workspace import Workspace
 
@@ -62,7 +62,8 @@ def show_as_of(moment: str, workspace: Path | None, as_json: bool) -> None:
 
     Example: mwb audit asof 2026-11-28T14:00
     """
-    found = as_of(Ledger(Workspace.open(workspace).ledger_url), read_moment(moment))
+    opened = Workspace.open(workspace)
+    found = as_of(Ledger(opened.ledger_url), read_moment(moment), opened.runs)
     if as_json:
         print_json(found)
         return

@@ -17,10 +17,9 @@ from mlops_workbench.cli.options import (
     json_option,
     print_json,
     print_record,
-    read_moment,
     workspace_option,
 )
-from ..core.clock import iso, timestamp
+from ..core.clock import iso, read_moment, timestamp
 from ..core.errors import ConflictError, DataError, UsageError, WorkbenchError
 from ..core.files import at_work
 from ..core.workspace import Workspace

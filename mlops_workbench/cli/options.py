@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['workspace_option', 'json_option', 'MOMENT', 'to_plain', 'print_json', 'cell_text', 'format_table', 'print_table',
-           'print_record', 'read_moment']
+           'print_record']
 
 # %% ../../nbs/cli/01_options.ipynb #53968c06
 import json
@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
-from ..core.errors import UsageError
 
 # %% ../../nbs/cli/01_options.ipynb #68259d48
 workspace_option = click.option(
@@ -136,19 +134,3 @@ def print_record(record: Mapping[str, Any], as_json: bool) -> None:
     size = max((len(name) for name in record), default=0)
     for name, value in record.items():
         click.echo(f"{name.ljust(size)}  {cell_text(value)}")
-
-# %% ../../nbs/cli/01_options.ipynb #f9c80d97
-def read_moment(text: str) -> float:
-    """Seconds since 1970 from seconds or ISO text (UTC when it names no zone); UsageError otherwise."""
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise UsageError(
-            f"expected a moment as 2013-04-01T08:00 or in seconds since 1970, found {text!r}"
-        ) from error
-    zoned = moment if moment.tzinfo else datetime.fromisoformat(f"{moment.isoformat()}+00:00")
-    return zoned.timestamp()

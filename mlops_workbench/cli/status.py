@@ -50,6 +50,7 @@ def ledger_state(workspace: Workspace, limit: int) -> dict[str, Any]:
     empty: dict[str, Any] = {
         "slots": [],
         "rollout": None,
+        "waiting": None,
         "decisions": [],
         "leases": [],
         "messages": {},
@@ -94,12 +95,22 @@ def ledger_state(workspace: Workspace, limit: int) -> dict[str, Any]:
             "status": going.status,
             "share": going.share,
         }
+        from mlops_workbench.release.waiting import in_the_way, waiting_release
+
+        queued = waiting_release(ledger)
+        waiting = queued and {
+            "release": queued.name,
+            "cycle": queued.cycle,
+            "since": queued.since,
+            "for": in_the_way(ledger) or "the next turn of `mwb loop`",
+        }
         messages = [message.status for message in ledger.messages(limit=1000)]
         counts = {status: messages.count(status) for status in ("waiting", "failed", "sent")}
     finally:
         ledger.close()
     leases = _leases(workspace)
-    found = {"slots": slots, "rollout": rollout, "decisions": decisions, "leases": leases}
+    found = {"slots": slots, "rollout": rollout, "waiting": waiting, "decisions": decisions}
+    found["leases"] = leases
     return {**found, "messages": counts}
 
 # %% ../../nbs/cli/06_status.ipynb #b1069037
@@ -296,6 +307,7 @@ def overview(workspace: Workspace, limit: int = 5) -> dict[str, Any]:
         ledger = {
             "slots": [],
             "rollout": None,
+            "waiting": None,
             "decisions": [],
             "leases": [],
             "messages": {},
@@ -381,6 +393,10 @@ def status_text(status: dict[str, Any]) -> str:
 
         share = share_words(rollout["share"])
         words = f"{rollout['name']}, {rollout['status']}: {rollout['release']} has {share}; see mwb release status"
+        parts.insert(2, words)
+    if (waiting := status["waiting"]) is not None:
+        since = age_of(waiting["since"])
+        words = f"{waiting['release']} waits for {waiting['for']}, since {since}"
         parts.insert(2, words)
     if status["leases"]:
         parts.append(_section("leases", status["leases"], "none"))

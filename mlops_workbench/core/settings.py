@@ -193,8 +193,8 @@ class UpdateSettings(SettingsSection):
 
     minimum_new_rows: int = Field(default=1000, ge=1)
     maximum_age_days: float = Field(default=30, gt=0)
-    on_drift: bool = True
-    on_quality: bool = True
+    on_drift: bool = True  # False: nor does a rule on drift retrain, whatever its action
+    on_quality: bool = True  # False: nor does a rule on a figure of quality
 
 # %% ../../nbs/core/03_settings.ipynb #8b78e964
 class PagesSettings(SettingsSection):

@@ -106,10 +106,10 @@ log_days = 0                          ; the prediction log is kept so long, and 
 segment_days = 0                      ; its raw files stay so long once they are in the hourly ones; 0: not at all
 
 [update]
-minimum_new_rows = 1000               ; retrain when so many labelled rows are new
+minimum_new_rows = 1000               ; retrain when so many labelled rows are new; a reason answered once waits for so many
 maximum_age_days = 30                 ; retrain when the champion is older
-on_drift = yes                        ; retrain when a feature has drifted
-on_quality = yes                      ; retrain when quality has fallen
+on_drift = yes                        ; retrain when a feature has drifted; no: no rule on it retrains, whatever its action
+on_quality = yes                      ; retrain when quality has fallen; no: no rule on it retrains, whatever its action
 
 [pages]
 host = 127.0.0.1                      ; of the web pages

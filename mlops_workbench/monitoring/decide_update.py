@@ -20,6 +20,9 @@ from ..core.workspace import Workspace
 from ..data.versions import DataStore
 from .champion import Champion, read_champion
 from .estimates import NOT_ENOUGH_DATA
+from .prediction_store import read_window
+from .quality import FIGURES as QUALITY_FIGURES
+from .snapshot import DRIFT_FIGURES
 
 # %% ../../nbs/monitoring/13_decide_update.ipynb #13108f0a
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class UpdateInputs:
     new_rows: int  # rows that this version has more
     waiting_rows: int  # labelled rows that wait to become a version
     snapshot: Mapping[str, Any] | None  # the monitor's last look, as JSON
+    answered: str = ""  # the cycle that an update has begun since the champion serves
+    rows_since: int = 0  # labelled rows since that cycle was begun
 
 # %% ../../nbs/monitoring/13_decide_update.ipynb #ecfa608a
 @dataclass(frozen=True)
@@ -142,15 +147,25 @@ def new_data_reason(inputs: UpdateInputs, settings: UpdateSettings) -> Reason:
         "new data", rows >= least, text, float(rows), float(least), f"{rows} labelled rows"
     )
 
-# %% ../../nbs/monitoring/13_decide_update.ipynb #4a99ba86
-def alert_reason(inputs: UpdateInputs) -> Reason:
-    """Whether a firing rule asks for a new model."""
-    asking = [
-        alert["rule"]
+# %% ../../nbs/monitoring/13_decide_update.ipynb #6478de3e
+def alert_reason(inputs: UpdateInputs, settings: UpdateSettings) -> Reason:
+    """Whether a firing rule asks for a new model; rules about what `on_drift` or `on_quality` switch off only notify."""
+    firing = [
+        alert
         for alert in (inputs.snapshot or {}).get("alerts", [])
         if alert["firing"] and alert["action"] == "retrain"
     ]
+    off = {
+        name: switch
+        for switch, names in (("on_drift", DRIFT_FIGURES), ("on_quality", QUALITY_FIGURES))
+        if not getattr(settings, switch)
+        for name in names
+    }
+    asking = [alert["rule"] for alert in firing if alert["metric"] not in off]
     text = f"asked for by: {', '.join(asking)}" if asking else "no firing rule asks for it"
+    for alert in firing:
+        if (switch := off.get(alert["metric"])) is not None:
+            text += f"; {alert['rule']} only notifies: update.{switch} = no"
     return Reason("alert", bool(asking), text, float(len(asking)), 0.0, ", ".join(asking))
 
 # %% ../../nbs/monitoring/13_decide_update.ipynb #82918fbf
@@ -164,7 +179,7 @@ def decide_update(inputs: UpdateInputs, settings: UpdateSettings) -> UpdateDecis
         drift_reason(inputs, settings),
         quality_reason(inputs, settings),
         new_data_reason(inputs, settings),
-        alert_reason(inputs),
+        alert_reason(inputs, settings),
     ]
     speaking = [reason for reason in reasons if reason.speaks]
     if not speaking:
@@ -172,6 +187,12 @@ def decide_update(inputs: UpdateInputs, settings: UpdateSettings) -> UpdateDecis
     said = ", ".join(r.name + (f" ({r.brief})" if r.brief else "") for r in speaking)
     if not inputs.data_changed and not inputs.waiting_rows:
         summary = f"wait: nothing new to learn from beyond {inputs.trained_on}, in spite of {said}"
+        return UpdateDecision(False, reasons, summary)
+    if inputs.answered and inputs.rows_since < settings.minimum_new_rows:
+        summary = (
+            f"wait: {inputs.answered} has answered it already and {inputs.champion} serves on; again after "
+            f"{settings.minimum_new_rows} new labelled rows ({inputs.rows_since} so far), in spite of {said}"
+        )
         return UpdateDecision(False, reasons, summary)
     return UpdateDecision(True, reasons, f"retrain because of {said}")
 
@@ -195,6 +216,8 @@ def gather_inputs(
     *,
     waiting_rows: int = 0,  # labelled rows that wait to become a version
     snapshot: Mapping[str, Any] | None = None,  # default: the monitor's last look
+    begun: Mapping[str, float]
+    | None = None,  # cycles that updates began, and when (seconds since 1970)
 ) -> UpdateInputs:
     """What a workspace knows for the decision; DataError when its data versions cannot be read."""
     champion = read_champion(workspace)
@@ -208,6 +231,8 @@ def gather_inputs(
     manifest, store = champion.manifest, DataStore(workspace)
     following = store.resolve(next_data_version(workspace, champion))
     trained = store.resolve(manifest.data_version)
+    since = [(at, name) for name, at in (begun or {}).items() if at > champion.since]
+    began, answered = max(since, default=(0.0, ""))
     return UpdateInputs(
         now=timestamp(),
         champion=champion.name,
@@ -218,4 +243,8 @@ def gather_inputs(
         new_rows=max(0, following.rows - trained.rows),
         waiting_rows=waiting_rows,
         snapshot=snapshot,
+        answered=answered,
+        rows_since=len(read_window(workspace.predictions, began, timestamp()).labelled)
+        if answered
+        else 0,
     )

@@ -189,11 +189,13 @@ def _describe(columns: Sequence[Column], sample_rows: int, seed: int) -> list[di
 
 # %% ../../nbs/monitoring/04_profile.ipynb #8e9158f4
 def build_profile(
-    frame: pd.DataFrame,  # the rows the model learned from, raw
+    frame: pd.DataFrame,  # all rows of the data version, raw
     features: FeatureSchema,
     probabilities: NDArray[Any],  # the model's answers on held-out rows [m, classes]
     *,
     labels: NDArray[Any] | Sequence[int] | None = None,  # class indices of these held-out rows [m]
+    answers: NDArray[Any] | None = None,  # the model's answers on all rows of `frame` [n, classes]
+    reference: str = "",  # what `frame` is, in words: flights@v1.1
     sample_rows: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -208,13 +210,16 @@ def build_profile(
             f"found {len(frame)} rows and shape {shorten(probabilities.shape)}"
         )
     columns = feature_columns(frame, features)
-    answers = prediction_columns(probabilities, features.classes)
-    sample_rows = max(200, min(sample_rows, 60_000 // (len(columns) + len(answers))))
+    held = prediction_columns(probabilities, features.classes)
+    whole = [] if answers is None else prediction_columns(answers, features.classes)
+    sample_rows = max(200, min(sample_rows, 60_000 // (len(columns) + len(held) + len(whole))))
     profile: dict[str, Any] = {
         "format": 1,
         "classes": list(features.classes),
         "columns": _describe(columns, sample_rows, seed),
-        "prediction": _describe(answers, sample_rows, seed),
+        "reference": reference,
+        "prediction": _describe(held, sample_rows, seed),
+        "prediction_of_all": _describe(whole, sample_rows, seed),
         "quality": None,
     }
     if labels is not None:

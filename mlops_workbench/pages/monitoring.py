@@ -32,9 +32,10 @@ from .rollout_moves import RolloutMoves
 from .rollout_panel import rollout_html
 
 # %% auto #0
-__all__ = ['Snapshot', 'CHARTS', 'measured_release', 'overall_state', 'ages', 'age_words', 'head_html', 'limits', 'charts_html',
-           'looks_series', 'figure_text', 'alert_state', 'alerts_html', 'release_card', 'releases_html', 'moved_html',
-           'quality_html', 'actor_html', 'decisions_html', 'MonitoringPage', 'monitoring_page']
+__all__ = ['Snapshot', 'CHARTS', 'SHOWN_DECISIONS', 'measured_release', 'overall_state', 'ages', 'age_words', 'head_html',
+           'limits', 'charts_html', 'looks_series', 'figure_text', 'alert_state', 'alerts_html', 'release_card',
+           'releases_html', 'moved_html', 'quality_html', 'actor_html', 'decisions_html', 'MonitoringPage',
+           'monitoring_page']
 
 # %% ../../nbs/pages/07_monitoring.ipynb #d6ad6954
 Snapshot = Mapping[str, Any]
@@ -285,7 +286,7 @@ def moved_html(snapshot: Snapshot) -> str:
         ]
         for column in moved
     ]
-    title = f"<h2>Drift</h2><p>{len(moved)} of {len(everything)} columns moved, against the data the release was trained on (the answers and the gaps of a column count as one each).</p>"
+    title = f"<h2>Drift</h2><p>{len(moved)} of {len(everything)} columns moved, against {found.get('reference') or 'the rows the release was trained on'} (the answers and the gaps of a column count as one each).</p>"
     table = table_html(
         ["column", "effect", "threshold", "direction"], rows, "", "columns that moved"
     )
@@ -305,7 +306,7 @@ def quality_html(snapshot: Snapshot) -> str:
         for change in changes
         if change["moved"]
     ]
-    title = "<h2>Quality against the evaluation</h2><p>Only what differs by more than chance explains.</p>"
+    title = "<h2>Quality against the evaluation</h2><p>Against the held-out rows that the release was judged on. Only what differs by more than chance explains.</p>"
     return (
         title
         + table_html(
@@ -320,6 +321,9 @@ def actor_html(actor: str) -> Markup:
     """Return who decided: of a controller its machine and process, the rest of its name when the mouse rests on it."""
     words = ":".join(actor.split(":")[:2]) if actor.startswith("controller ") else actor
     return Markup(f'<span title="{escape(actor)}">{escape(words)}</span>')
+
+
+SHOWN_DECISIONS = 5  # the others open at a click: on a phone each is a card
 
 
 def decisions_html(decisions: Sequence[Mapping[str, Any]]) -> str:
@@ -338,9 +342,12 @@ def decisions_html(decisions: Sequence[Mapping[str, Any]]) -> str:
         for row in [d for d in decisions if (d["kind"], d["verdict"]) != ("record", "written")][:15]
     ]
     columns = ["when (UTC)", "decision", "about", "verdict", "why", "by"]
-    return "<h2>Last decisions</h2>" + table_html(
-        columns, rows, "Nothing has been decided yet.", "last decisions"
-    )
+    newest, rest = rows[:SHOWN_DECISIONS], rows[SHOWN_DECISIONS:]
+    shown = table_html(columns, newest, "Nothing has been decided yet.", "last decisions")
+    if rest:
+        before = table_html(columns, rest, "", "earlier decisions")
+        shown += f"<details><summary>{len(rest)} earlier ones</summary>{before}</details>"
+    return f"<h2>Last decisions</h2>{shown}"
 
 # %% ../../nbs/pages/07_monitoring.ipynb #e3c4a98b
 class MonitoringPage(LivePage):

@@ -4,27 +4,31 @@
 
 # %% auto #0
 __all__ = ['OPEN_ROUTES', 'Viewer', 'Operator', 'Deployer', 'Admin', 'STATUS', 'needed_role', 'check_routes', 'Body', 'StartBody',
-           'AbortBody', 'SwitchBody', 'RollbackBody', 'DataBody', 'TokenBody', 'leads_back', 'create_control']
+           'AbortBody', 'SwitchBody', 'RollbackBody', 'DataBody', 'TokenBody', 'leads_back', 'misfit_words',
+           'create_control']
 
 # %% ../../nbs/pipeline/48_control.ipynb #eabff849
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request
+from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.access import AccessList, BadTokens, Holder
 from ..core.asof import as_of
+from ..core.clock import read_moment
 from mlops_workbench.core.errors import (
     ConflictError,
     GateRefusedError,
     LedgerError,
     UsageError,
     WorkbenchError,
+    shorten,
 )
 from ..core.grants import access_path, grant, revoke, write_access
 from ..core.ledger import Ledger
@@ -57,17 +61,19 @@ class _Needs:
         scheme, _, text = request.headers.get("authorization", "").partition(" ")
         holder: Holder | None = access.holder(text.strip()) if scheme.lower() == "bearer" else None
         address = request.client.host if request.client else ""
+        given = scheme.lower() == "bearer" and text.strip() != ""  # no token is no guess
         if holder is None:
-            if wait := bad.wait_seconds(address):
+            if given and (wait := bad.wait_seconds(address)):
                 raise HTTPException(
                     429,
                     "too many bad tokens from this address",
                     {"Retry-After": str(int(wait) + 1)},
                 )
-            bad.note(address)
+            if given:
+                bad.note(address)
             raise HTTPException(
                 401,
-                "expected 'Authorization: Bearer TOKEN' with a token in force, found none; an admin makes one: mwb access add NAME --role viewer",
+                f"expected 'Authorization: Bearer TOKEN' with a token in force, found {'another' if given else 'none'}; an admin makes one: mwb access add NAME --role viewer",
                 {"WWW-Authenticate": "Bearer"},
             )
         if not holder.may(self.role):
@@ -202,9 +208,9 @@ def _add_views(app: FastAPI, workspace: Workspace) -> None:
         return [asdict(row) for row in Ledger(workspace.ledger_url).decisions(limit)]
 
     @app.get("/api/asof")
-    def asof(who: Viewer, seconds: Annotated[float, Field(ge=0, le=4e9)]) -> dict[str, Any]:
-        """What served at a moment (seconds since 1970), trained on what, let in why."""
-        return as_of(Ledger(workspace.ledger_url), seconds)
+    def asof(who: Viewer, moment: Annotated[str, Query(alias="time")]) -> dict[str, Any]:
+        """What served at a time (2026-11-28T14:00, in UTC, or seconds since 1970), trained on what, let in why."""
+        return as_of(Ledger(workspace.ledger_url), read_moment(moment), workspace.runs)
 
 # %% ../../nbs/pipeline/48_control.ipynb #163f6e88
 def leads_back(workspace: Workspace, ref: str) -> bool:
@@ -340,6 +346,32 @@ STATUS: tuple[tuple[type[WorkbenchError], int], ...] = (
 )
 
 
+_EXAMPLES = {
+    "reason": 'say why: {"reason": "the new model is worse on holidays"}',
+    "time": "name it: /api/asof?time=2026-11-28T14:00",
+}
+
+
+def misfit_words(errors: Sequence[Mapping[str, Any]]) -> str:
+    """What was expected of a request, what was found, and what to do, of what pydantic says about it."""
+    said, advice = [], "see what the route takes in /openapi.json"
+    for error in errors:
+        where, *path = (str(part) for part in error["loc"])
+        name = ".".join(path) or where
+        place = f"{name!r} in the {where}" if path else f"a {where}"
+        if error["type"] == "missing":
+            said.append(f"expected {place}, found none")
+        elif error["type"] == "extra_forbidden":
+            said.append(f"expected no {place}, found {shorten(error['input'])}")
+        elif error["type"] == "json_invalid":
+            said.append("expected a body in JSON, found something else")
+        else:
+            rule = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+            said.append(f"expected {place} to fit ({rule}), found {shorten(error['input'])}")
+        advice = _EXAMPLES.get(name, advice)
+    return f"{'; '.join(said)}; {advice}"
+
+
 def create_control(workspace: Workspace) -> FastAPI:
     """The control plane of a workspace as an ASGI application."""
     app = FastAPI(
@@ -353,6 +385,10 @@ def create_control(workspace: Workspace) -> FastAPI:
     def refuse(request: Request, error: WorkbenchError) -> JSONResponse:
         status = next((code for kind, code in STATUS if isinstance(error, kind)), 409)
         return JSONResponse({"detail": str(error)}, status)
+
+    @app.exception_handler(RequestValidationError)
+    def misfit(request: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"detail": misfit_words(error.errors())}, 422)
 
     @app.get("/", include_in_schema=False)
     def index() -> dict[str, str]:

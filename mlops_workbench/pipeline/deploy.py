@@ -11,20 +11,22 @@ from pathlib import Path
 import httpx
 
 from ..core.bundle import read_manifest
-from ..core.errors import ServingError, StageError, UsageError
+from ..core.errors import ConflictError, ServingError, StageError, UsageError
 from ..core.assignment import share_words
 from ..core.ledger import Ledger
 from ..core.workspace import Workspace
 from ..experiment.tracking import register_release, set_alias
-from .manifest import Manifest
+from .manifest import WAITS, Manifest
 from .outcome import Outcome, decided_by, write_output
 from .stage import Stage
 from ..release.deployment import CHAMPION, deploy
 from ..release.rollouts import start_rollout
+from ..release.waiting import in_the_way, let_wait
 from ..serving.address import OWN_TOKEN, find_server, server_headers
 
 # %% auto #0
-__all__ = ['wait_for_release', 'unheard', 'follow_in_registry', 'evaluated_digest', 'begin_rollout', 'deploy_release']
+__all__ = ['wait_for_release', 'unheard', 'follow_in_registry', 'evaluated_digest', 'begin_rollout', 'deploy_release',
+           'await_turn']
 
 # %% ../../nbs/pipeline/34_deploy.ipynb #0b3ed0e1
 def wait_for_release(workspace: Workspace, digest: str, seconds: float) -> float | None:
@@ -125,11 +127,36 @@ def deploy_release(
 ) -> Outcome:
     """Deploy the named release, or the one that this cycle evaluated, and wait for its first answer.
 
-    Where the settings name the steps of a rollout, it gets its first share of the traffic instead, forced or not.
+    Where the settings name the steps of a rollout, it gets its first share of the traffic instead, forced or not. What this cycle
+    evaluated waits while a rollout or a special is under way; ConflictError for a release that was named.
     """
     wanted = release or evaluated_digest(stage, evaluated)
-    if (begun := begin_rollout(stage, wanted, force)) is not None:
-        return begun
+    try:
+        return begin_rollout(stage, wanted, force) or _take_over(stage, wanted, force, wait_seconds)
+    except ConflictError:
+        waits = None if release or force else await_turn(stage, wanted)
+        if waits is None:
+            raise
+        return waits
+
+# %% ../../nbs/pipeline/34_deploy.ipynb #7a765bb9
+def await_turn(stage: Stage, wanted: str) -> Outcome | None:
+    """Let the release of this cycle wait for a rollout or a special; None when the way is free, or it is its own rollout."""
+    ledger = Ledger(stage.workspace.ledger_url)
+    release, rollout = ledger.release(wanted), ledger.open_rollout()
+    way = in_the_way(ledger)
+    if not way or (rollout is not None and rollout.candidate == release.digest):
+        return None
+    stage.data_version = release.data_version
+    words = let_wait(ledger, release, way, **decided_by(stage))
+    return _outcome(
+        stage, WAITS, f"{words}; `mwb loop` deploys it when the way is free", {},
+        {"release": release.name, "digest": release.digest, "for": way},
+    )  # fmt: skip
+
+
+def _take_over(stage: Stage, wanted: str, force: bool, wait_seconds: float) -> Outcome:
+    """Give a release all traffic at once, and wait for its first answer."""
     start = time.monotonic()
     change = deploy(
         stage.workspace,

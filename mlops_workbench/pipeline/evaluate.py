@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from numpy.typing import NDArray
 
 from ..data.forced import forced_rows
 from ..experiment.provenance import collect
@@ -16,7 +17,7 @@ from ..monitoring.profile import build_profile
 from .manifest import Manifest
 from .outcome import Outcome, decided_by, numbers, write_output
 from .stage import Stage
-from ..recipes.protocol import encode
+from ..recipes.protocol import Recipe, encode
 from ..release.bundles import build_bundle, predict_onnx
 from ..release.deployment import CHAMPION, next_release_name, record_release
 from ..release.gates import OPTIMISATION_FILE, GateReport, client_rows, evaluate_gates
@@ -25,7 +26,7 @@ from ..release.probe import LOAD_FILE, prove_server
 from ..release.standard import gate_of
 
 # %% auto #0
-__all__ = ['optimise_model', 'build_candidate', 'run_gates', 'record_verdict']
+__all__ = ['PROFILE_ANSWERS', 'optimise_model', 'reference_profile', 'build_candidate', 'run_gates', 'record_verdict']
 
 # %% ../../nbs/pipeline/33_evaluate.ipynb #1a69f94a
 def optimise_model(stage: Stage, trained: Manifest, parts: dict[str, pd.DataFrame]) -> Optimisation:
@@ -40,6 +41,26 @@ def optimise_model(stage: Stage, trained: Manifest, parts: dict[str, pd.DataFram
         labels,
         stage.work / "forms",
         wanted=settings.serving.optimise,
+    )
+
+# %% ../../nbs/pipeline/33_evaluate.ipynb #763a9911
+PROFILE_ANSWERS = 20_000  # rows of a version that are asked for the profile, at most
+
+
+def reference_profile(
+    recipe: Recipe,
+    ref: str,  # of the data version
+    parts: dict[str, pd.DataFrame],
+    model: Path,
+    probabilities: NDArray[Any],  # of the test rows [m, classes]
+    labels: NDArray[Any],  # of the test rows [m]
+) -> dict[str, Any]:
+    """What the monitor compares the traffic with: all rows of the version, and the quality on its test rows."""
+    rows = pd.concat(parts.values(), ignore_index=True)
+    asked = rows.sample(min(len(rows), PROFILE_ANSWERS), random_state=0)
+    answers = predict_onnx(model, encode(recipe, asked)[0])
+    return build_profile(
+        rows, recipe.features, probabilities, labels=labels, answers=answers, reference=ref
     )
 
 # %% ../../nbs/pipeline/33_evaluate.ipynb #3c7844f7
@@ -64,7 +85,9 @@ def build_candidate(
         recipe=stage.recipe.name,
         model_folder=exported.parent,
         features=stage.recipe.features.ignoring(map(str, parts["train"].columns)),
-        profile=build_profile(parts["train"], stage.recipe.features, probabilities, labels=labels),
+        profile=reference_profile(
+            stage.recipe, version.ref, parts, serves or exported, probabilities, labels
+        ),
         parameters=trained.read("parameters.json"),
         thresholds=numbers(gate.model_dump()),
         metrics=numbers(stage.recipe.metrics(labels, probabilities)),

@@ -5,13 +5,15 @@
 # %% ../../nbs/pipeline/44_loop.ipynb #ea377e7a
 from __future__ import annotations
 
+import textwrap
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from getpass import getuser
 
 from ..core.clock import timestamp
-from ..core.errors import ConflictError, WorkbenchError
+from ..core.errors import ConflictError, GateRefusedError, WorkbenchError
 from ..core.ledger import Ledger
 from ..core.workspace import Workspace
 from ..data.versions import DataStore
@@ -20,16 +22,20 @@ from ..monitoring.prediction_store import read_window
 from .deploy import follow_in_registry
 from .decision_record import missing_records, start_writer
 from .runner import CycleResult, run_stages
+from .watch import UPDATE_OF
 from ..recipes.protocol import load_recipe
+from ..release.approvals import check_four_eyes
 from ..release.deployment import write_projection
 from ..data.defaults import default_versions
 from ..release.regime_watch import tend_regimes
 from ..release.rehearsal import drill, drill_due, rehearse, unrehearsed
 from ..release.rollout_judge import next_move, tend_rollout
+from ..release.waiting import give_up, in_the_way, waiting_release
 
 # %% auto #0
-__all__ = ['MOVES', 'REHEARSAL_SECONDS', 'Waiting', 'waiting_rows', 'one_turn', 'tend', 'watch_regimes', 'rehearse_due',
-           'CurrentSettings', 'news_only', 'rehearse_always', 'tend_always', 'run_loop']
+__all__ = ['MOVES', 'REHEARSAL_SECONDS', 'Waiting', 'waiting_rows', 'tell_stages', 'deploy_waiting', 'one_turn', 'tend',
+           'watch_regimes', 'rehearse_due', 'CurrentSettings', 'news_only', 'rehearse_always', 'tend_always',
+           'run_loop']
 
 # %% ../../nbs/pipeline/44_loop.ipynb #f0886aa3
 @dataclass(frozen=True)
@@ -50,6 +56,37 @@ def waiting_rows(workspace: Workspace, dataset: str) -> Waiting:
     since = datetime.fromisoformat(DataStore(workspace).resolve(ref).created_at).timestamp()
     return Waiting(len(read_window(workspace.predictions, since, until).labelled), since, until)
 
+# %% ../../nbs/pipeline/44_loop.ipynb #c06311fc
+def tell_stages(result: CycleResult, say: Callable[[str], None], named: bool = True) -> None:
+    """Say in one line each how the stages went; of a failed one, why."""
+    for stage in result.stages:
+        about = f"{result.cycle} {stage.stage}" if named else stage.stage
+        failure = "" if stage.failure is None else " ".join(stage.failure.text.split())
+        why = f": {textwrap.shorten(failure, 300, placeholder=' ...')}" if failure else ""
+        say(f"{about}: {stage.summary or stage.status}{why}")
+
+# %% ../../nbs/pipeline/44_loop.ipynb #b4008fed
+def deploy_waiting(workspace: Workspace, say: Callable[[str], None]) -> bool:
+    """Deploy the release that waits as soon as the way is free; whether one waits or did wait."""
+    ledger = Ledger(workspace.ledger_url)
+    waiting = waiting_release(ledger)
+    if waiting is None:
+        return False
+    if way := in_the_way(ledger):
+        say(f"{waiting.name} waits for {way}")
+        return True
+    try:
+        if not workspace.settings.rollout.shares:
+            check_four_eyes(workspace, ledger, ledger.release(waiting.digest), getuser())
+    except GateRefusedError as err:
+        say(f"{waiting.name} waits: {err}")
+        return True
+    result = run_stages(workspace, ["deploy"], cycle=waiting.cycle, force=True)
+    tell_stages(result, say)
+    if (failure := result.stages[-1].failure) is not None:
+        give_up(ledger, waiting, actor=f"controller {this_process().text()}", reason=failure.text)
+    return True
+
 # %% ../../nbs/pipeline/44_loop.ipynb #b3294930
 def one_turn(workspace: Workspace, dataset: str, say: Callable[[str], None]) -> CycleResult | None:
     """Look, decide, and retrain when the decision says so; return the new cycle's result, or None."""
@@ -57,8 +94,9 @@ def one_turn(workspace: Workspace, dataset: str, say: Callable[[str], None]) -> 
     looked = run_stages(
         workspace, ["monitor", "update"], parameters={"update": {"new_rows": waiting.rows}}
     )
-    for stage in looked.stages:
-        say(f"{stage.stage}: {stage.summary or stage.status}")
+    tell_stages(looked, say, named=False)
+    if deploy_waiting(workspace, say):
+        return None
     decision = looked.stages[-1]
     if decision.stage != "update" or decision.verdict != "retrain" or waiting.rows == 0:
         return None
@@ -68,8 +106,8 @@ def one_turn(workspace: Workspace, dataset: str, say: Callable[[str], None]) -> 
             f"no new cycle from the log, which lacks the private {', '.join(unlogged)}: bring rows by `mwb data import`"
         )
         return None
-    if (rollout := Ledger(workspace.ledger_url).open_rollout()) is not None:
-        say(f"no new cycle while {rollout.name} goes on; see `mwb release status`")
+    if way := in_the_way(Ledger(workspace.ledger_url)):
+        say(f"no new cycle while {way} goes on; see `mwb release status`")
         return None
     batch = {"log_since": waiting.since, "log_until": waiting.until, "message": decision.summary}
     result = run_stages(
@@ -77,10 +115,9 @@ def one_turn(workspace: Workspace, dataset: str, say: Callable[[str], None]) -> 
         ["prepare", "explore", "train", "evaluate", "deploy"],
         parameters={"prepare": batch},
         cycle="new",
-        trigger=f"update of {looked.cycle}: {decision.summary}",
+        trigger=f"{UPDATE_OF}{looked.cycle}: {decision.summary}",
     )
-    for stage in result.stages:
-        say(f"{result.cycle} {stage.stage}: {stage.summary or stage.status}")
+    tell_stages(result, say)
     return result
 
 # %% ../../nbs/pipeline/44_loop.ipynb #1671ecf4

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUN_FILE', 'RESULT_FILE', 'MANIFEST_FILE', 'NOTEBOOK_FILE', 'LOG_FILE', 'BEGUN_FILE', 'OUTPUTS', 'WORK', 'FORMAT',
-           'Status', 'Record', 'OutputFile', 'Manifest', 'Failure', 'RunRecord', 'Result', 'write_record', 'read_run',
-           'read_manifest', 'check_output', 'check_outputs', 'outputs_intact']
+           'WAITS', 'Status', 'Record', 'OutputFile', 'Manifest', 'Failure', 'RunRecord', 'Result', 'write_record',
+           'read_run', 'read_manifest', 'check_output', 'check_outputs', 'outputs_intact']
 
 # %% ../../nbs/pipeline/06_manifest.ipynb #63ac9308
 import json
@@ -31,6 +31,7 @@ BEGUN_FILE = "begun"  # its age is when the run began, by the clock of the disk
 OUTPUTS = "outputs"
 WORK = "work"
 FORMAT = 1
+WAITS = "waits"  # the verdict of a run whose turn has not come: it stands for no later one
 
 Status = Literal["running", "finished", "failed", "timeout", "memory", "killed", "interrupted"]
 

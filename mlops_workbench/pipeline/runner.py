@@ -35,6 +35,7 @@ from mlops_workbench.pipeline.cycles import (
 from .data_line import counts
 from mlops_workbench.pipeline.manifest import (
     NOTEBOOK_FILE,
+    WAITS,
     Failure,
     Manifest,
     outputs_intact,
@@ -243,7 +244,7 @@ class Plan:
     def intact(self, manifest: Manifest) -> bool:
         """Whether a finished run can stand for one of today: its outputs are there, what it read stands."""
         stands = slots_stand(self.workspace, manifest) and files_stand(manifest)
-        return stands and outputs_intact(manifest)
+        return manifest.verdict != WAITS and stands and outputs_intact(manifest)
 
     def nothing_to_do(self, cycle: Cycle | None) -> list[Manifest] | None:
         """The finished runs of all stages when none has to run and nothing has to be written; else None."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from ..monitoring.figures import drift_figure, shapes_figure
 from ..monitoring.monitor import MonitorSnapshot, monitor_once
 from ..monitoring.report import render_report, report_tables
 from ..monitoring.snapshot import champion_rows
+from .cycles import cycle_names, read_cycle
 from .deploy import unheard, wait_for_release
 from .outcome import DecidedBy, Outcome, decided_by, numbers, write_output
 from .stage import Stage
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Actions', 'Look', 'look_at_traffic', 'evidently_page', 'is_news', 'decide_next_cycle']
+__all__ = ['UPDATE_OF', 'Actions', 'Look', 'look_at_traffic', 'evidently_page', 'is_news', 'begun_by_updates',
+           'decide_next_cycle']
 
 # %% ../../nbs/pipeline/35_watch.ipynb #feb09237
 @dataclass
@@ -162,10 +165,24 @@ def is_news(last: DecisionRow, subject: str, decision: UpdateDecision) -> bool:
     spoke = [each["name"] for each in last.evidence.get("reasons", [])]
     return spoke != [each.name for each in decision.reasons if each.speaks]
 
+# %% ../../nbs/pipeline/35_watch.ipynb #b17ee912
+UPDATE_OF = "update of "  # begins the trigger of a cycle that an update has asked for
+
+
+def begun_by_updates(workspace: Workspace) -> dict[str, float]:
+    """The cycles that updates have begun, and when (seconds since 1970)."""
+    found = [read_cycle(workspace, name) for name in cycle_names(workspace)]
+    return {
+        cycle.name: datetime.fromisoformat(cycle.created_at).timestamp()
+        for cycle in found
+        if cycle is not None and cycle.trigger.startswith(UPDATE_OF)
+    }
+
 # %% ../../nbs/pipeline/35_watch.ipynb #384fa1d7
 def decide_next_cycle(stage: Stage, *, new_rows: int) -> tuple[Outcome, pd.DataFrame]:
     """Return the decision as the stage's outcome, and one line a reason."""
-    inputs = gather_inputs(stage.workspace, waiting_rows=new_rows)
+    begun = begun_by_updates(stage.workspace)
+    inputs = gather_inputs(stage.workspace, waiting_rows=new_rows, begun=begun)
     decision = decide_update(inputs, stage.workspace.settings.update)
     table = pd.DataFrame(
         [{"reason": r.name, "speaks": r.speaks, "what it saw": r.text} for r in decision.reasons]

@@ -223,7 +223,7 @@ async def answer_for(app: PredictionApp, request: Request, route: Route | None) 
         text = f"expected {route.method} for {request.path}, found {shorten(request.method)}"
         return error_answer(405, text, headers=((b"allow", route.method.encode()),))
     if not route.is_open and not app.guard.knows(request.headers):
-        return app.guard.refusal(request.address)
+        return app.guard.refusal(request.headers, request.address)
     try:
         return await route.handler(app, request)
     except RequestError as error:

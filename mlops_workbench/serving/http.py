@@ -123,22 +123,31 @@ class Guard:
             given.strip(), self._expected
         )
 
-    def refusal(self, address: str = "") -> Answer:
-        """What somebody is told who may not; an address that tries many tokens has to wait."""
+    def refusal(self, headers: Headers, address: str = "") -> Answer:
+        """What somebody is told who may not; an address that tries many tokens has to wait, one that shows none has not."""
         if self._expected is None:
             return error_answer(
                 403,
                 "expected a loopback host name, for instance localhost; set serving.token for others",
             )
-        if wait := self._bad.wait_seconds(address):
+        scheme, _, text = headers.get(b"authorization", b"").partition(b" ")
+        given = scheme.lower() == b"bearer" and text.strip() != b""
+        if given and (wait := self._bad.wait_seconds(address)):
             seconds = str(int(wait) + 1).encode()
             return error_answer(
                 429, "too many bad tokens from this address", headers=((b"retry-after", seconds),)
             )
-        self._bad.note(address)
+        if given:
+            self._bad.note(address)
+        whose = "the server's token" if self._access is None else "a token in force"
+        how = (
+            ""
+            if self._access is None
+            else "; an admin makes one: mwb access add NAME --role caller"
+        )
         return error_answer(
             401,
-            "expected the header 'Authorization: Bearer TOKEN' with the server's token",
+            f"expected the header 'Authorization: Bearer TOKEN' with {whose}, found {'another' if given else 'none'}{how}",
             headers=((b"www-authenticate", b"Bearer"),),
         )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -18,7 +18,7 @@ from .feedback import FeedbackItem
 # %% auto #0
 __all__ = ['Identifier', 'Unset', 'PREDICT_FORM', 'FEEDBACK_FORM', 'RequestError', 'PredictBody', 'FeedbackEntry', 'FeedbackBody',
            'place_of', 'shape_of', 'decode_body', 'Question', 'decode_predict', 'check_rows', 'decode_feedback',
-           'feedback_item', 'short_number']
+           'label_names', 'feedback_item', 'short_number']
 
 # %% ../../nbs/serving/05_requests.ipynb #dea00105
 class RequestError(ServingError):
@@ -174,25 +174,33 @@ def decode_feedback(body: bytes, classes: Sequence[str], maximum_items: int) -> 
         raise RequestError(
             413, f"expected at most {maximum_items} items, found {len(decoded.feedback)}"
         )
-    known = frozenset(classes)
+    known = label_names(classes)
     return [feedback_item(entry, known, row) for row, entry in enumerate(decoded.feedback)]
 
-# %% ../../nbs/serving/05_requests.ipynb #6be01414
-def feedback_item(entry: FeedbackEntry, classes: frozenset[str], row: int) -> FeedbackItem:
+# %% ../../nbs/serving/05_requests.ipynb #2b2c533b
+def label_names(classes: Sequence[str]) -> dict[str, str]:
+    """The class that each text of a label means: its name; also its number, as tables hold it, where no class is called by a whole number."""
+    names = {name: name for name in classes}
+    if any(name.strip().lstrip("-").isdigit() for name in classes):
+        return names
+    return {str(number): name for number, name in enumerate(classes)} | names
+
+# %% ../../nbs/serving/05_requests.ipynb #4e100032
+def feedback_item(entry: FeedbackEntry, known: Mapping[str, str], row: int) -> FeedbackItem:
     """One checked item; RequestError 422 for a label outside the classes, or not exactly one of label and click."""
     if (entry.label is msgspec.UNSET) == (entry.click is msgspec.UNSET):
         raise RequestError(422, 'expected either "label" or "click"', field="label", row=row)
     if isinstance(entry.click, bool):
         return FeedbackItem(entry.id, "click", entry.click)
     label = entry.label if isinstance(entry.label, str) else short_number(entry.label)
-    if label not in classes:
+    if label not in known:
         raise RequestError(
             422,
-            f"expected a label of {shorten(sorted(classes), 300)}, found {shorten(entry.label)}",
+            f"expected a label of {shorten(sorted(known), 300)}, found {shorten(entry.label)}",
             field="label",
             row=row,
         )
-    return FeedbackItem(entry.id, "label", label)
+    return FeedbackItem(entry.id, "label", known[label])
 
 # %% ../../nbs/serving/05_requests.ipynb #1aba2121
 def short_number(value: object) -> str:
