@@ -31,7 +31,7 @@ from ..core.trust import check_trust
 from ..core.workspace import Workspace
 from ..data.defaults import data_slot, record_default
 from ..monitoring.champion import read_part
-from .approvals import check_four_eyes
+from .approvals import check_four_eyes, check_not_barred
 
 # %% auto #0
 __all__ = ['CHAMPION', 'CHALLENGER', 'SPECIAL', 'SHADOW', 'Change', 'record_release', 'record_file', 'record_link', 'link_words',
@@ -218,11 +218,7 @@ def deploy(
     """Make a release the champion and return the change; GateRefusedError when its gates did not pass."""
     ledger = Ledger(workspace.ledger_url)
     release = ledger.release(digest)
-    if release.status == "barred":
-        raise GateRefusedError(
-            f"expected a release that may serve, {release.name} is barred since it was rolled back; nothing was "
-            f"deployed; clear it first: mwb release clear {release.name} -m WHY"
-        )
+    check_not_barred(release, "deployed")
     check_trust(ledger, read_manifest(Path(release.path)))
     allowed = release.status in ("approved", "retired")
     if not allowed and not force:
