@@ -192,7 +192,9 @@ def _projection(ledger: Ledger) -> Pointer | None:
     slots |= _specials(ledger, slot.digest)
     split |= {name: 0.0 for name in slots if name not in split}
     private = newest_private(ledger, ledger.release(slot.digest).recipe)
-    return Pointer(epoch=slot.epoch, slots=slots, split=split, salt=salt, private=private)
+    return Pointer(
+        epoch=slot.epoch, slots=slots, split=split, salt=salt, private=private, since=slot.updated_at
+    )  # fmt: skip
 
 # %% ../../nbs/release/03_deployment.ipynb #66aeff9f
 def next_release_name(workspace: Workspace, recipe: str) -> str:
