@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,7 @@ from serving_support import ROW, serving
 
 from mlops_workbench.cli.main import main
 from mlops_workbench.core.access import MOVE_ROLES, ROLES
+from mlops_workbench.core.clock import iso, now
 from mlops_workbench.core.errors import GateRefusedError, IntegrityError
 from mlops_workbench.core.grants import access_path, grant, revoke
 from mlops_workbench.core.ledger import Ledger
@@ -26,6 +28,8 @@ from mlops_workbench.data.versions import DataStore
 from mlops_workbench.pipeline.control import OPEN_ROUTES, create_control, needed_role
 from mlops_workbench.release.approvals import approve_release
 from mlops_workbench.release.deployment import clear_release, deploy
+from mlops_workbench.release.regime_watch import tend_regimes
+from mlops_workbench.release.regimes import Regime, register_regime
 from mlops_workbench.release.rollout_judge import Move, seen_by_two
 from mlops_workbench.release.rollouts import abort_rollout, promote_rollout, start_rollout
 
@@ -299,6 +303,58 @@ def test_the_loop_waits_for_a_person_and_calls_once(tmp_path: Path) -> None:
         promote_rollout(workspace, rollout, actor="controller 1", reason="better")
     assert split(workspace) == {"champion": 0.5, "challenger": 0.5}
     assert ledger.release(release.digest).status == "approved"
+
+
+def test_a_special_needs_its_approval_at_the_moment_of_each_switch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was registered before the settings asked for a second person: by hand, over HTTP and by the calendar it waits for one."""
+    workspace, old, new = release_pair(tmp_path / "w")
+    begin = now() - timedelta(hours=1)
+    window = Regime("hand", new, since=iso(begin), until=iso(begin + timedelta(days=1)))
+    register_regime(workspace, window, actor="ann (token 00000001)", reason="a test")
+    workspace, ledger = with_four_eyes(workspace), Ledger(workspace.ledger_url)
+    special = ledger.release(new)
+    with ledger.decision(
+        "rehearsal", actor="x", subject="hand", verdict="passed", reason="", evidence={"digest": special.digest}
+    ):  # fmt: skip
+        pass
+    assert main(["release", "switch", "hand", "-w", str(workspace.root)]) == 4
+    told = capsys.readouterr().err
+    assert f"second person for {new}, found none; nothing was switched" in told, told
+    with TestClient(create_control(workspace)) as client:
+        operator = bearer(grant(workspace, "cal", "operator", actor="test"))
+        asked = {"regime": "hand", "reason": "a storm"}
+        answer = client.post("/api/switch", headers=operator, json=asked)
+    assert answer.status_code == 409 and f"mwb release approve {new}" in answer.json()["detail"]
+
+    def look() -> tuple[str, str] | None:
+        found = tend_regimes(workspace, actor="controller 1")
+        return found and (found.verdict, found.reason)
+
+    first = look()
+    assert first is not None and first[0] == "refused" and f"{new}, found none" in first[1]
+    assert look() is None and look() is None  # on record and told, not at each look
+    approve_release(workspace, new, actor="ann", reason="mine")
+    own = look()
+    assert own is not None and "only the approval of ann, who asks for it" in own[1]
+    approve_release(workspace, new, actor="bob", reason="looked at the slices")
+    model = Path(special.path) / "model.onnx"
+    content = model.read_bytes()
+    model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    swapped = look()
+    assert swapped is not None and swapped[0] == "refused" and "sha256" in swapped[1], swapped
+    assert look() is None
+    serving = ledger.slot("champion")
+    assert serving is not None and serving.digest == ledger.release(old).digest
+    titles = [m.title for m in ledger.messages() if m.title == f"{new} does not serve for hand"]
+    assert len(titles) == 3
+    model.write_bytes(content)
+    there = look()
+    assert there is not None and there[0] == "switched"
+    assert main(["release", "switch", "hand", "-w", str(workspace.root)]) != 0
+    assert f"found {new}, the special of hand" in capsys.readouterr().err
+    assert ledger.verify().ok
 
 
 def test_the_data_plane_by_roles(

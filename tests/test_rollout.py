@@ -204,14 +204,21 @@ def test_equal_releases_get_no_false_word_and_the_time_ends_it(tmp_path: Path) -
 def test_everybody_stays_with_one_release_through_a_restart(tmp_path: Path) -> None:
     workspace, old, new = release_pair(tmp_path / "w", bias=1.5, **QUICK)
     found: dict[str, set[str]] = {}
+    loaded = set[str]()
     start_rollout(workspace, new, actor="test", shares=(0.3,))
     for _ in range(2):  # another process each time
         with serve(workspace) as server:
             traffic = Traffic(server, mostly("late", 0.5))
             wait_until(lambda traffic=traffic: in_force(traffic, split(workspace)), 10, "the split")
+            about, slot = traffic.client.get("/release").body, Ledger(workspace.ledger_url).slot
+            assert (serving := slot("champion")) and about["since"] == serving.updated_at
+            loaded.add(about["loaded_at"])
             traffic.send(50)
             for entity, slots in traffic.slots.items():
                 found.setdefault(entity, set()).update(slots)
+    assert len(loaded) == 2, (
+        "each process says when it began, and both since when the release serves"
+    )
     assert len(found) == 1000 and all(len(slots) == 1 for slots in found.values())
     share = sum(slots == {"challenger"} for slots in found.values()) / len(found)
     assert 0.25 < share < 0.35

@@ -13,9 +13,12 @@ from rollout_support import decisions, release_pair, replace_setting
 from serving_support import ROW, wait_until
 
 from mlops_workbench.cli.main import main
+from mlops_workbench.cli.rollout import status_lines
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
+from mlops_workbench.pipeline.decision_record import read_rollout_decision
 from mlops_workbench.pipeline.loop import CurrentSettings, tend_always
+from mlops_workbench.pipeline.rollout_figures import sides_table
 from mlops_workbench.release.rollout_evidence import Evidence, read_evidence
 from mlops_workbench.release.rollout_judge import tend_rollout
 from mlops_workbench.release.rollouts import start_rollout, the_rollout
@@ -148,7 +151,7 @@ def test_a_planned_end_decides_by_fewer_rows_and_not_between_its_looks(tmp_path:
     assert evidence(planned, 3.0).verdict.word == "better"
     text = planned.root.joinpath("settings.ini").read_text()
     planned.root.joinpath("settings.ini").write_text(replace_setting(text, "planned_rows", 0))
-    open_end = evidence(Workspace.open(planned.root), 3.0)
+    open_end = evidence(Workspace.open(planned.root), 2.2)
     assert open_end.verdict.word == "not yet"
     assert open_end.verdict.reason.endswith("if it stays so") and open_end.hours_to_word is not None
     assert 0 < open_end.hours_to_word < 6  # an open end needs up to three times the rows
@@ -160,6 +163,35 @@ def test_a_planned_end_without_a_word_keeps_the_former_release(tmp_path: Path) -
     looked = tend_rollout(workspace, actor="test", moment=time.time() + 3 * HOUR)
     assert looked is not None and looked[2].kind == "abort" and not looked[2].bar
     assert "by the planned 2,000 labelled rows: accuracy" in looked[2].reason
+
+
+def test_word_and_table_of_a_planned_end_are_of_the_same_rows(tmp_path: Path) -> None:
+    """Rows after the look that is due change neither; what no figure counts is told, and what is missing, but no time without traffic."""
+    workspace = running(tmp_path, planned_rows=400)
+    records = answered(workspace, 500, hours=0.001)
+    labelled(workspace, records[:201], 0.3, 0.3, "first")
+    found = evidence(workspace, 1.0)
+    missing = "200 of the 400 planned labelled rows are missing; no labelled rows come at this time"
+    assert missing in found.verdict.reason and "minutes" not in found.verdict.reason
+    assert found.hours_to_word is None and found.old.rows + found.left_out == found.new.rows == 250
+    labelled(workspace, records[201:401], 0.3, 0.3, "until the end")
+    labelled(workspace, records[401:], 1.0, 1.0, "after it")  # all wrong
+    looked = tend_rollout(workspace, actor="test", moment=time.time() + HOUR)
+    assert looked is not None and looked[2].kind == "abort"
+    assert "by the first 400 labelled rows" in looked[2].reason
+    [end] = Ledger(workspace.ledger_url).decisions(1, "rollout")
+    table = sides_table(read_rollout_decision(workspace, end.id))
+    old, new = (looked[1].as_dict()[side] for side in ("old", "new"))
+    judged = table.loc["the word and the mean are of the first"].astype(int)
+    assert judged.sum() == 400 and table.loc["with label"].astype(int).sum() == 499
+    shown = table.loc["accuracy"].astype(float)
+    value = looked[1].verdict.interval.value
+    assert shown["flights-r2"] - shown["flights-r1"] == pytest.approx(value, abs=1e-4)
+    assert old["mean"] > 0.6 and new["mean"] > 0.6, "the rows after the end do not count"
+    assert table.loc["left out", "flights-r1"].startswith("1 rows before the first answer")
+    lines = "\n".join(status_lines(looked[0], looked[1], looked[2]))
+    assert "250 labelled, the word on the first 200" in lines
+    assert "left out  1 rows of flights-r1 from before the first answer of flights-r2" in lines
 
 
 def test_the_running_loop_goes_by_the_settings_of_this_moment(

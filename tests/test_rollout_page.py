@@ -50,9 +50,16 @@ def write_looks(workspace: Workspace, count: int) -> None:
             "value": value,
             "low": value - reach,
             "high": value + reach,
-            "old": {**side, "name": "flights-r1", "rows": 900, "mean": 0.84},
+            "old": {
+                **side,
+                "name": "flights-r1",
+                "rows": 900,
+                "mean": 0.84,
+                "judged": {"rows": 810},
+            },
             "new": {**side, "name": "flights-r2", "rows": 910, "mean": 0.87},
             "failed": 0,
+            "left_out": 42,
             "ratio": "as planned",
             "word": "not yet",
             "why": f"accuracy {value:+.4f}",
@@ -102,6 +109,8 @@ def test_the_comparison_is_drawn_and_the_rollout_is_moved_by_keyboard(
     expect(chart).to_be_visible(timeout=20_000)
     assert page.locator(".mwb-chart path.area").count() >= 1
     expect(page.get_by_text("belief explains 12%")).to_be_visible()
+    expect(page.get_by_text("42 rows of flights-r1 are left out")).to_be_visible()
+    expect(page.get_by_text("880, the word and the mean on the first 810")).to_be_visible()
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
         assert_readable(page, TEXTS)

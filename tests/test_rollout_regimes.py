@@ -18,7 +18,7 @@ from mlops_workbench.core.errors import ConflictError, UsageError
 from mlops_workbench.core.ledger import DecisionRow, Ledger
 from mlops_workbench.pipeline.decision_record import write_records
 from mlops_workbench.pipeline.loop import rehearse_due
-from mlops_workbench.release.deployment import deploy, rollback_target
+from mlops_workbench.release.deployment import deploy
 from mlops_workbench.release.regime_watch import tend_regimes
 from mlops_workbench.release.regimes import (
     Regime,
@@ -28,6 +28,7 @@ from mlops_workbench.release.regimes import (
 )
 from mlops_workbench.release.rollouts import promote_rollout, start_rollout
 from mlops_workbench.release.waiting import in_the_way
+from mlops_workbench.release.way_back import rollback_target
 from mlops_workbench.serving.models import LoadedModel, load_model
 
 BY = {"actor": "test", "reason": "a test"}
@@ -202,5 +203,5 @@ def test_a_promoted_release_is_one_to_go_back_to(tmp_path: Path) -> None:
     promote_rollout(workspace, rollout, **BY)
     deploy(workspace, "flights-r3", actor="test")
     ledger = Ledger(workspace.ledger_url)
-    target = rollback_target(ledger, ledger.release("flights-r3").digest, None)
+    target = rollback_target(ledger, ledger.release("flights-r3").digest)
     assert ledger.release(target).name == new

@@ -19,7 +19,11 @@ __all__ = ['rollback']
 
 # %% ../../nbs/cli/21_rollback.ipynb #d9a244a2
 @click.command()
-@click.option("--to", default=None, help="Release to go back to; the former champion without it.")
+@click.option(
+    "--to",
+    default=None,
+    help="Release to go back to; without it the one that `mwb status` names as the one before.",
+)
 @click.option(
     "-m", "--reason", default="rolled back by hand", show_default=True, help="Stands in the audit."
 )

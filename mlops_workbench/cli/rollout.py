@@ -18,13 +18,13 @@ from ..core.errors import UsageError
 from ..core.workspace import Workspace
 
 if TYPE_CHECKING:
-    from mlops_workbench.core.ledger import RolloutRow
+    from mlops_workbench.core.ledger import Ledger, RolloutRow
     from mlops_workbench.release.rollout_evidence import Evidence
     from mlops_workbench.release.rollout_judge import Move
 
 # %% auto #0
-__all__ = ['REASON', 'ROLLOUT_COMMANDS', 'read_steps', 'start', 'status_lines', 'copy_lines', 'status', 'tend', 'pause', 'resume',
-           'promote', 'abort', 'record']
+__all__ = ['REASON', 'ROLLOUT_COMMANDS', 'read_steps', 'start', 'status_lines', 'left_out_lines', 'copy_lines', 'serving_lines',
+           'status', 'tend', 'pause', 'resume', 'promote', 'abort', 'record']
 
 # %% ../../nbs/cli/20_rollout.ipynb #9ed3b262
 def read_steps(text: str) -> tuple[float, ...]:
@@ -83,7 +83,8 @@ def status_lines(rollout: RolloutRow, found: Evidence, move: Move) -> list[str]:
     sides = []
     for side in (found.old, found.new):
         p99 = f", p99 {side.latency_p99_ms:.1f} ms" if side.rows else ""
-        quality = f", {side.mean:.4f}" if side.labelled.rows else ""
+        rests = "" if side.judged is None else f", the word on the first {side.judged.rows:,.0f}"
+        quality = f"{rests}, {side.mean:.4f}" if side.mean == side.mean else rests
         sides.append(
             f"  {side.name:16} {side.rows:,} rows of {side.entities:,} entities, {side.labelled.rows:,.0f} labelled{quality}{p99}"
         )
@@ -94,9 +95,20 @@ def status_lines(rollout: RolloutRow, found: Evidence, move: Move) -> list[str]:
         f"{rollout.name}  {rollout.status}  step {rollout.step + 1} of {len(rollout.steps)}: {found.new.name} has "
         f"{share_words(rollout.share)}{failed}",
         *sides,
+        *left_out_lines(found),
         *copy_lines(found),
         f"  word      {found.verdict.word}: {found.verdict.reason}",
         f"  next      {move.kind}: {move.reason}",
+    ]
+
+
+def left_out_lines(found: Evidence) -> list[str]:
+    """The rows of this step that no figure counts, and why."""
+    if not found.left_out:
+        return []
+    return [
+        f"  left out  {found.left_out:,} rows of {found.old.name} from before the first answer of {found.new.name}, which was being "
+        "loaded"
     ]
 
 
@@ -113,6 +125,19 @@ def copy_lines(found: Evidence) -> list[str]:
         else ""
     )
     return [*lines, f"  the copy  agrees on {figures.agreement:.1%} of the rows{invalid}{missed}"]
+
+
+def serving_lines(ledger: Ledger) -> list[str]:
+    """What serves since when, and where a roll-back leads; nothing where nothing serves."""
+    from mlops_workbench.release.way_back import release_before
+
+    slot, before = ledger.slot("champion"), release_before(ledger)
+    if slot is None:
+        return []
+    back = f"`mwb rollback` goes back to {before.name}" if before else "nothing to go back to"
+    return [
+        f"{ledger.release(slot.digest).name} serves since {slot.updated_at[:19].replace('T', ' ')} UTC; {back}"
+    ]
 
 
 @click.command("status")
@@ -141,6 +166,8 @@ def status(workspace: Path | None, as_json: bool) -> None:
             }
             for row in ledger.rollouts()[:10]
         ]
+        for line in () if as_json else serving_lines(ledger):
+            click.echo(line)
         if not rows and not as_json:
             click.echo("no rollout yet; `mwb release start RELEASE --steps 5,25,50` starts one")
             return
@@ -158,7 +185,7 @@ def status(workspace: Path | None, as_json: bool) -> None:
             }
         )
         return
-    click.echo("\n".join(status_lines(rollout, found, move)))
+    click.echo("\n".join([*serving_lines(ledger), *status_lines(rollout, found, move)]))
 
 # %% ../../nbs/cli/20_rollout.ipynb #ba3854fe
 @click.command("tend")

@@ -76,7 +76,7 @@ def _measured_spread(workspace: Workspace) -> tuple[float, str]:
     "--rate",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=None,
-    help="Present accuracy, for instance 0.9; default: that of the serving release's labelled answers.",
+    help="Present accuracy where accuracy decides: 0.9 is a deviation of 0.3; default: that of the serving release's labelled answers.",
 )
 @click.option(
     "--deviation",
@@ -124,7 +124,7 @@ def plan(
 ) -> None:
     """Say how many labelled rows a comparison by `rollout.metric` needs, and how long that takes.
 
-    Example: mwb release plan --rate 0.9 --effect 0.02 --per-hour 3000
+    Example: mwb release plan --deviation 0.3 --effect 0.02 --per-hour 3000
     """
     from mlops_workbench.release.comparison_plan import Design, rows_needed
 

@@ -58,9 +58,11 @@ def ledger_state(workspace: Workspace, limit: int) -> dict[str, Any]:
     if workspace.ledger_url.startswith("sqlite") and not _sqlite_file(workspace).exists():
         return empty
     from mlops_workbench.core.ledger import Ledger
+    from mlops_workbench.release.way_back import release_before
 
     ledger = Ledger(workspace.ledger_url)
     try:
+        back = release_before(ledger)
         names = {row.digest: row for row in ledger.releases()}
         slots = [
             {
@@ -71,7 +73,7 @@ def ledger_state(workspace: Workspace, limit: int) -> dict[str, Any]:
                 if "@" in slot.digest
                 else slot.digest[:12],
                 "data": names[slot.digest].data_version if slot.digest in names else "",
-                "before": names[slot.previous_digest].name if slot.previous_digest in names else "",
+                "before": back.name if back is not None and slot.name == "champion" else "",
                 "since": slot.updated_at,
             }
             for slot in ledger.slots()

@@ -45,6 +45,7 @@ class Pointer(BaseModel):
     salt: str = ""  # of the rollout: decides which entity falls into which share
     # columns that the newest release calls private, and so do all that answer, also one that was built before
     private: dict[str, Literal["hash", "drop"]] = Field(default_factory=dict)
+    since: str = ""  # ISO time at which the champion's slot changed; "" where nobody says it
 
     @model_validator(mode="after")
     def _check_slots(self) -> "Pointer":

@@ -7,7 +7,6 @@ __all__ = ['Champion', 'read_part', 'read_champion']
 
 # %% ../../nbs/monitoring/09_champion.ipynb #809d8f14
 import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -33,8 +32,6 @@ class Champion:
     features: FeatureSchema
     profile: dict[str, Any]
     since: float  # seconds since 1970; 0 when the ledger does not know
-    previous: str  # digest of the release before, "" when there was none
-    previous_name: str
 
     def to_json(self) -> dict[str, Any]:
         """What pages show of it."""
@@ -61,21 +58,15 @@ def read_part(folder: Path, manifest: BundleManifest, name: str) -> Any:
         )
     return read_json(path)
 
-# %% ../../nbs/monitoring/09_champion.ipynb #07a0289b
-def _history(workspace: Workspace, digest: str) -> Mapping[str, Any]:
-    """Since when this release serves and what was there before, as the ledger knows it."""
+# %% ../../nbs/monitoring/09_champion.ipynb #945f7cbc
+def _serves_since(workspace: Workspace, digest: str) -> float:
+    """Since when this release serves, as the ledger knows it; 0 where it does not."""
     ledger = Ledger(workspace.ledger_url)
     try:
         slot = ledger.slot("champion")
         if slot is None or slot.digest != digest:
-            return {"since": 0.0, "previous": "", "previous_name": ""}
-        previous = slot.previous_digest or ""
-        names = {row.digest: row.name for row in ledger.releases()}
-        return {
-            "since": datetime.fromisoformat(slot.updated_at).timestamp(),
-            "previous": previous,
-            "previous_name": names.get(previous, previous[:12]),
-        }
+            return 0.0
+        return datetime.fromisoformat(slot.updated_at).timestamp()
     finally:
         ledger.close()
 
@@ -120,5 +111,5 @@ def read_champion(workspace: Workspace) -> Champion | None:
         manifest=manifest,
         features=_features(pointer, folder, manifest),
         profile=read_part(folder, manifest, "profile.json"),
-        **_history(workspace, entry.digest),
+        since=_serves_since(workspace, entry.digest),
     )

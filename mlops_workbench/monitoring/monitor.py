@@ -113,13 +113,6 @@ class MonitorSnapshot:
         found: dict[str, Any] = plain(_shown(self))
         return found
 
-# %% ../../nbs/monitoring/11_monitor.ipynb #be24512e
-def _previous(champion: Champion | None) -> dict[str, str] | None:
-    """The release before the champion, None when there was none."""
-    if champion is None or not champion.previous:
-        return None
-    return {"digest": champion.previous, "name": champion.previous_name}
-
 # %% ../../nbs/monitoring/11_monitor.ipynb #32f423c1
 def _release_names(window: Window) -> dict[str, str]:
     """The name of each release that answered, by digest."""
@@ -141,7 +134,6 @@ def _shown(snapshot: MonitorSnapshot) -> dict[str, Any]:
         "actor": snapshot.actor,
         "summary": snapshot.summary,
         "release": snapshot.champion.to_json() if snapshot.champion else None,
-        "previous": _previous(snapshot.champion),
         "age_seconds": age,
         "old": age is None or age > snapshot.maximum_age_seconds,
         "figures": measured.figures,

@@ -249,7 +249,7 @@ def releases_html(slots: Sequence[Mapping[str, Any]], releases: Sequence[Mapping
     }
     slot = next((row for row in slots if row["name"] == "champion"), None)
     serving = by_digest.get(slot["digest"]) if slot else None
-    before = by_digest.get(slot["previous"]) if slot else None
+    before = by_digest.get(slot["before"]) if slot else None
     cards = release_card("Serving now", serving, "Nothing has been deployed yet.")
     cards += release_card("Before it", before, "There is nothing to go back to yet.")
     data = [

@@ -32,6 +32,7 @@ from .data_work import start_work, work_once, work_waits
 from .viewers import buttons_for
 from ..release.approvals import approved_by, who_asks
 from ..release.rollout_judge import looks_file
+from ..release.way_back import release_before
 from .read_models import ReaderState, write_model, write_state
 from .requests import open_requests
 
@@ -142,6 +143,7 @@ def monitoring_tables(workspace: Workspace) -> ModelTables:
             ledger.rollouts()[:SHOWN_ROLLOUTS],
         )
         decisions = ledger.decisions(limit=SHOWN_DECISIONS)
+        before = release_before(ledger)
         access = buttons_for(ledger, workspace.settings.pages.rollout_buttons)
         approvals = {
             r.name: approval(workspace, ledger, r.candidate) for r in rollouts if not r.ended_at
@@ -193,8 +195,16 @@ def monitoring_tables(workspace: Workspace) -> ModelTables:
             rollout_looks(workspace, rollouts[0].name) if rollouts else [],
         ),
         "slots": (
-            ("name", "digest", "previous", "updated"),
-            [(s.name, s.digest, s.previous_digest or "", s.updated_at) for s in slots],
+            ("name", "digest", "before", "updated"),
+            [
+                (
+                    s.name,
+                    s.digest,
+                    before.digest if before is not None and s.name == "champion" else "",
+                    s.updated_at,
+                )
+                for s in slots
+            ],
         ),
         "releases": (
             ("digest", "name", "status", "data_version", "created"),

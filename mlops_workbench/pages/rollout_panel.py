@@ -16,7 +16,7 @@ from .look import Markup, escape, table_html
 
 # %% auto #0
 __all__ = ['Row', 'WIDE', 'METRICS', 'WORDS', 'number', 'chart_title', 'sequence_chart', 'steps_html', 'split_html', 'word_html',
-           'sides_html', 'copy_html', 'rollout_html']
+           'sides_html', 'labelled_words', 'copy_html', 'rollout_html']
 
 # %% ../../nbs/pages/06_rollout_panel.ipynb #afc0cee0
 Row = Mapping[str, Any]
@@ -114,13 +114,30 @@ def sides_html(look: Row) -> str:
         mean, p99 = number(side["mean"]), number(side["latency_p99_ms"])
         rows.append(
             [
-                side["name"], f"{side['rows']:,}", f"{side['entities']:,}", f"{side['labelled']['rows']:,.0f}",
+                side["name"], f"{side['rows']:,}", f"{side['entities']:,}", labelled_words(side),
                 "" if mean is None else f"{mean:.4f}", "" if p99 is None else f"{p99:.1f} ms",
             ]
         )  # fmt: skip
     mean_of = METRICS.get(str(look.get("metric")), ("mean", ""))[0]
     columns = ["release", "rows", "entities", "with label", mean_of, "p99"]
-    return table_html(columns, rows, "", "the two releases")
+    note = ""
+    if left_out := look.get("left_out"):
+        note = (
+            f"<p>{left_out:,} rows of {escape(look['old']['name'])} are left out: they were answered before the first answer of "
+            f"{escape(look['new']['name'])}, which was being loaded.</p>"
+        )
+    return table_html(columns, rows, "", "the two releases") + note
+
+
+def labelled_words(side: Row) -> str:
+    """Return the labelled rows of a release, and how many of them a planned word and the mean rest on."""
+    judged = side.get("judged")
+    counted = f"{side['labelled']['rows']:,.0f}"
+    return (
+        f"{counted}, the word and the mean on the first {judged['rows']:,.0f}"
+        if judged
+        else counted
+    )
 
 
 def copy_html(look: Row) -> str:

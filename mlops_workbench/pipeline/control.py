@@ -134,7 +134,7 @@ class SwitchBody(Body):
 class RollbackBody(Body):
     """A release to go back to."""
 
-    to: str | None = None  # None: the former champion
+    to: str | None = None  # None: the last one on the line that led to the present release
     bar: bool = False
 
 

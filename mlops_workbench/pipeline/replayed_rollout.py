@@ -118,7 +118,8 @@ class Course:
     @property
     def words(self) -> str:
         """The last word on the candidate, with the interval and the labelled rows of the step that it was said at."""
-        rows = sum(self.look[side]["labelled"]["rows"] for side in ("old", "new"))
+        sides = [self.look[side] for side in ("old", "new")]
+        rows = sum((side["judged"] or side["labelled"])["rows"] for side in sides)
         return f"{self.look['word']}: {self.look['why']}, {rows:,.0f} labelled rows, {self.hours:.1f} h of replayed time"
 
 

@@ -190,10 +190,21 @@ def sides_table(record: RolloutDecision) -> pd.DataFrame:
             "rows": f"{found['rows']:,}",
             "entities": f"{found['entities']:,}",
             "with label": f"{found['labelled']['rows']:,.0f}",
+            **_judged_line(found),
             f"{record.settings['metric']}": f"{finite(found['mean']):.4f}",
             "latency p99": f"{finite(found['latency_p99_ms']):.1f} ms",
         }
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    if left_out := record.seen.get("left_out"):
+        reason = f"before the first answer of {record.seen['new']['name']}, which was being loaded"
+        table.loc["left out"] = [f"{left_out:,} rows {reason}", "0 rows"]
+    return table
+
+
+def _judged_line(side: Mapping[str, Any]) -> dict[str, str]:
+    """The rows that a planned word and the mean rest on; nothing where these are all with a label."""
+    judged = side.get("judged")
+    return {"the word and the mean are of the first": f"{judged['rows']:,.0f}"} if judged else {}
 
 # %% ../../nbs/pipeline/49_rollout_figures.ipynb #70708c84
 def quality_figure(

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +15,8 @@ from urllib.parse import quote
 from ..core.clock import iso, now
 from ..core.bundle import read_manifest, verify_bundle
 from mlops_workbench.core.errors import (
-    BundleError,
     ConflictError,
     GateRefusedError,
-    IntegrityError,
     ServingError,
     WorkbenchError,
 )
@@ -31,12 +28,13 @@ from ..core.trust import check_trust
 from ..core.workspace import Workspace
 from ..data.defaults import data_slot, record_default
 from ..monitoring.champion import read_part
-from .approvals import check_four_eyes
+from .approvals import check_four_eyes, check_not_barred
+from .way_back import rollback_target
 
 # %% auto #0
 __all__ = ['CHAMPION', 'CHALLENGER', 'SPECIAL', 'SHADOW', 'Change', 'record_release', 'record_file', 'record_link', 'link_words',
-           'serving_regime', 'write_projection', 'newest_private', 'next_release_name', 'deploy', 'former_champions',
-           'rollback_target', 'rollback', 'clear_release']
+           'serving_regime', 'write_projection', 'newest_private', 'next_release_name', 'deploy', 'rollback',
+           'clear_release']
 
 # %% ../../nbs/release/03_deployment.ipynb #27ebf87f
 CHAMPION = "champion"
@@ -194,7 +192,9 @@ def _projection(ledger: Ledger) -> Pointer | None:
     slots |= _specials(ledger, slot.digest)
     split |= {name: 0.0 for name in slots if name not in split}
     private = newest_private(ledger, ledger.release(slot.digest).recipe)
-    return Pointer(epoch=slot.epoch, slots=slots, split=split, salt=salt, private=private)
+    return Pointer(
+        epoch=slot.epoch, slots=slots, split=split, salt=salt, private=private, since=slot.updated_at
+    )  # fmt: skip
 
 # %% ../../nbs/release/03_deployment.ipynb #66aeff9f
 def next_release_name(workspace: Workspace, recipe: str) -> str:
@@ -218,11 +218,7 @@ def deploy(
     """Make a release the champion and return the change; GateRefusedError when its gates did not pass."""
     ledger = Ledger(workspace.ledger_url)
     release = ledger.release(digest)
-    if release.status == "barred":
-        raise GateRefusedError(
-            f"expected a release that may serve, {release.name} is barred since it was rolled back; nothing was "
-            f"deployed; clear it first: mwb release clear {release.name} -m WHY"
-        )
+    check_not_barred(release, "deployed")
     check_trust(ledger, read_manifest(Path(release.path)))
     allowed = release.status in ("approved", "retired")
     if not allowed and not force:
@@ -268,68 +264,11 @@ def deploy(
         release.name, release.digest, before, manifest.data_version, epoch, change.decision_id
     )
 
-# %% ../../nbs/release/03_deployment.ipynb #b31c3ad0
-def former_champions(ledger: Ledger, current: str) -> Iterator[str]:
-    """Yield the digests of earlier champions, the latest first, each once, without the current and barred ones."""
-    seen = {current}
-    put = (
-        "deployed",
-        "forced",
-        "rolled back",
-        "promoted",
-    )  # the verdicts that put a release to work
-    decisions = [d for d in ledger.decisions(limit=10_000) if d.verdict in put and d.kind != "data"]
-    for decision in sorted(decisions, key=lambda row: row.id, reverse=True):
-        evidence = (
-            decision.evidence
-            if isinstance(decision.evidence, Mapping)
-            else json.loads(decision.evidence)
-        )
-        digest = str(evidence.get("digest", ""))
-        if digest and digest not in seen:
-            seen.add(digest)
-            row = ledger.release(digest)
-            if row.status not in ("barred", "refused"):
-                yield digest
-
-# %% ../../nbs/release/03_deployment.ipynb #8da3a71d
-def rollback_target(ledger: Ledger, current: str, to: str | None) -> str:
-    """Return the digest to go back to: the named release, or the latest former champion whose bundle is whole."""
-    if to is not None:
-        row = ledger.release(to)
-        if row.status == "barred":
-            raise ConflictError(
-                f"{row.name} is barred; clear it first with `mwb release clear {row.name}`"
-            )
-        if row.digest == current:
-            raise ConflictError(
-                f"expected another release than the one that serves, found {row.name}; nothing was rolled back"
-            )
-        if row.digest not in former_champions(ledger, current):
-            raise ConflictError(
-                f"expected a release that passed its gates and served all traffic before, found {row.name}, which did not; "
-                f"nothing was rolled back; let it take over: mwb release start {row.name}, or mwb run deploy -p deploy.release={row.name}"
-            )
-        verify_bundle(Path(row.path), row.digest)
-        return row.digest
-    damaged = []
-    for digest in former_champions(ledger, current):
-        row = ledger.release(digest)
-        try:
-            verify_bundle(Path(row.path), digest)
-        except (IntegrityError, BundleError, OSError) as err:
-            damaged.append(f"{row.name} ({err})")
-            continue
-        return digest
-    raise ConflictError(
-        f"expected an earlier release to go back to, found none that is whole; damaged: {damaged or 'none'}; "
-        "name one with --to, or deploy a new one"
-    )
-
 # %% ../../nbs/release/03_deployment.ipynb #e7448e17
 def rollback(
     workspace: Workspace,
-    to: str | None = None,  # a release's name or digest; None: the former champion
+    to: str
+    | None = None,  # a release's name or digest; None: the last one on the line that led here
     *,
     actor: str,
     reason: str,

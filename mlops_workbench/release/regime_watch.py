@@ -13,12 +13,14 @@ import numpy as np
 import pandas as pd
 
 from ..core.clock import timestamp
+from ..core.errors import BundleError, GateRefusedError, IntegrityError
 from ..core.ledger import DecisionRow, Ledger
 from ..core.workspace import Workspace
 from ..monitoring.prediction_store import read_shadow, read_window
 from .deployment import CHAMPION, serving_regime
 from mlops_workbench.release.regimes import (
     RATE,
+    By,
     Detector,
     Regime,
     read_detector,
@@ -91,7 +93,7 @@ def _beyond(wanted: Detector, reading: tuple[float, float, int], side: int) -> b
 def tend_regimes(
     workspace: Workspace, *, actor: str, moment: float | None = None
 ) -> DecisionRow | None:
-    """One look at the regimes, and the switch that follows; None where nothing changes."""
+    """One look at the regimes, and the switch that follows, or its first refusal; None where nothing is new."""
     ledger = Ledger(workspace.ledger_url)
     known, slot = regimes(ledger), ledger.slot(CHAMPION)
     if not known or slot is None:
@@ -104,23 +106,49 @@ def tend_regimes(
     for regime in (r for r in known if rehearsed(ledger, r) and r.digest != slot.digest):
         if ended_by_person(ledger, regime):
             continue
-        if regime.in_time(moment):
-            return switch(
-                workspace,
-                regime.name,
-                actor=actor,
-                reason=f"from {regime.since} until {regime.until}",
-                by="calendar",
-            )
-        if regime.when:
-            wanted, reading = (
-                read_detector(regime.when),
-                detector_reading(workspace, regime, slot.digest, moment),
-            )
-            if _beyond(wanted, reading, 1):
-                reason = f"{regime.when}: found {reading[0]:.4g} on {reading[2]:,} rows"
-                return switch(workspace, regime.name, actor=actor, reason=reason, by="detector")
+        by, reason = _call(workspace, regime, slot.digest, moment)
+        if by and (done := _switch_or_refuse(workspace, ledger, regime, actor, reason, by)):
+            return done
     return None
+
+
+def _call(
+    workspace: Workspace, regime: Regime, ordinary: str, moment: float
+) -> tuple[By | None, str]:
+    """What calls for the special at this moment, and why; None where nothing does."""
+    if regime.in_time(moment):
+        return "calendar", f"from {regime.since} until {regime.until}"
+    if regime.when:
+        reading = detector_reading(workspace, regime, ordinary, moment)
+        if _beyond(read_detector(regime.when), reading, 1):
+            return "detector", f"{regime.when}: found {reading[0]:.4g} on {reading[2]:,} rows"
+    return None, ""
+
+# %% ../../nbs/release/23_regime_watch.ipynb #4dc22955
+def _switch_or_refuse(
+    workspace: Workspace, ledger: Ledger, regime: Regime, actor: str, reason: str, by: By
+) -> DecisionRow | None:
+    """The switch, or the first refusal of it; None for a refusal that is on record already."""
+    try:
+        return switch(workspace, regime.name, actor=actor, reason=reason, by=by)
+    except (GateRefusedError, IntegrityError, BundleError, OSError) as err:
+        refused = {"digest": regime.digest, "by": by, "why": str(err)}
+    known = ledger.decisions(1, "regime", regime.name)
+    switched = ledger.decisions(1, "switch", regime.name)
+    newest = max((d.id for d in switched), default=0)
+    if known and known[0].evidence == refused and known[0].id > newest:
+        return None
+    with ledger.decision(
+        "regime", actor=actor, subject=regime.name, verdict="refused", reason=refused["why"], evidence=refused
+    ) as change:  # fmt: skip
+        name = ledger.release(regime.digest).name
+        change.enqueue(
+            f"{name} does not serve for {regime.name}",
+            f"{regime.name} is there ({by}; {reason}), and its special was not switched to: {refused['why']}",
+            severity="critical",
+            key=f"regime-refused-{regime.name}-{change.decision_id}",
+        )
+    return ledger.decisions(1, "regime", regime.name)[0]
 
 
 def _look_for_the_end(

@@ -18,10 +18,11 @@ import pandas as pd
 from ..core.bundle import verify_bundle
 from ..core.clock import iso, now, timestamp
 from ..core.errors import ConflictError, GateRefusedError, UsageError
-from ..core.ledger import DecisionRow, Ledger
+from ..core.ledger import DecisionRow, Ledger, ReleaseRow, SlotRow
+from ..core.trust import check_trust
 from ..core.workspace import Workspace
 from ..monitoring.prediction_store import read_shadow, read_window
-from .approvals import check_four_eyes
+from .approvals import check_four_eyes, check_not_barred, person
 from mlops_workbench.release.deployment import (
     CHAMPION,
     SPECIAL,
@@ -85,15 +86,32 @@ class Regime:
         begin, end = (datetime.fromisoformat(text).timestamp() for text in (self.since, self.until))
         return begin <= moment < end
 
-# %% ../../nbs/release/21_regimes.ipynb #aeb620fe
+# %% ../../nbs/release/21_regimes.ipynb #cd54a306
+def _check_special(
+    workspace: Workspace,
+    ledger: Ledger,
+    release: ReleaseRow,
+    actor: str,
+    *,
+    done: str,  # what is not done where it may not serve
+    asks_too: str = "",
+) -> None:
+    """GateRefusedError for a release that may not serve all traffic at this moment, IntegrityError when a file of it is another one."""
+    check_not_barred(release, done)
+    if release.status not in ("approved", "retired"):
+        raise GateRefusedError(
+            f"expected an approved release, {release.name} is {release.status}; nothing was {done}; see "
+            f"`mwb release show {release.name}`"
+        )
+    check_trust(ledger, verify_bundle(Path(release.path), release.digest))
+    check_four_eyes(workspace, ledger, release, actor, asks_too=asks_too, done=done)
+
+
 def register_regime(workspace: Workspace, regime: Regime, *, actor: str, reason: str) -> Regime:
     """Keep a special ready; GateRefusedError when its release is not approved, UsageError when it says not when it is wanted."""
     ledger = Ledger(workspace.ledger_url)
     release, slot = ledger.release(regime.digest), ledger.slot(SPECIAL + regime.name)
-    if release.status not in ("approved", "retired"):
-        raise GateRefusedError(
-            f"expected an approved release, {release.name} is {release.status}; see `mwb release show {release.name}`"
-        )
+    _check_special(workspace, ledger, release, actor, done="registered")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", regime.name):
         raise UsageError(
             f"expected a name of letters, digits, '.', '_' and '-', found {regime.name!r}"
@@ -117,8 +135,6 @@ def register_regime(workspace: Workspace, regime: Regime, *, actor: str, reason:
         raise UsageError(
             f"expected a time that is not over, found one until {regime.until[:16]} UTC, and it is {iso(now())[:16]} UTC now"
         )
-    verify_bundle(Path(release.path), release.digest)
-    check_four_eyes(workspace, ledger, release, actor)
     regime = Regime(**{**asdict(regime), "digest": release.digest})
     with ledger.decision(
         "regime", actor=actor, subject=regime.name, verdict="registered", reason=reason, evidence=asdict(regime)
@@ -179,18 +195,48 @@ def rehearsed(ledger: Ledger, regime: Regime) -> bool:
 By = Literal["person", "calendar", "detector"]
 
 
+def _ordinary_slot(ledger: Ledger, regime: Regime) -> SlotRow:
+    """The champion's slot with an ordinary release that a regime's special may replace; ConflictError that says what is in the way."""
+    slot = ledger.slot(CHAMPION)
+    if slot is None:
+        raise ConflictError(
+            "expected an ordinary release to serve, found none; deploy one first: mwb run deploy"
+        )
+    serving = ledger.release(slot.digest).name
+    if (active := serving_regime(ledger, slot)) is not None:
+        raise ConflictError(
+            f"expected an ordinary release to serve, found {serving}, the special of {active.subject}; nothing was switched; go back "
+            "first: mwb release switch --back"
+        )
+    if slot.digest == regime.digest:
+        raise ConflictError(
+            f"expected another release to serve than the special of {regime.name}, found {serving}, which is just that; nothing was "
+            "switched"
+        )
+    return slot
+
+
+def _registered_by(ledger: Ledger, name: str) -> str:
+    """The person who registered a regime last: a controller that switches does so for them."""
+    known = ledger.decisions(1000, "regime", name)
+    return next((person(d.actor) for d in known if d.verdict == "registered"), "")
+
+
 def switch(
     workspace: Workspace, name: str, *, actor: str, reason: str, by: By = "person"
 ) -> DecisionRow:
-    """Let the special of a regime serve from now on; ConflictError when it does already, or another one does."""
+    """Let the special of a regime serve from now on; what a release needs to serve, it needs at this moment.
+
+    ConflictError when it serves already, or another special does; GateRefusedError for one that is barred or that no second person
+    approved where the settings ask for one, IntegrityError for one that is not what it was.
+    """
     ledger = Ledger(workspace.ledger_url)
-    regime, slot = the_regime(ledger, name), ledger.slot(CHAMPION)
-    if slot is None or serving_regime(ledger, slot) is not None or slot.digest == regime.digest:
-        raise ConflictError(
-            "expected an ordinary release to serve, found a special or none; see `mwb release switch --report`"
-        )
+    regime = the_regime(ledger, name)
+    slot = _ordinary_slot(ledger, regime)
     special, ordinary = ledger.release(regime.digest), ledger.release(slot.digest)
-    verify_bundle(Path(special.path), special.digest)
+    _check_special(
+        workspace, ledger, special, actor, done="switched", asks_too=_registered_by(ledger, name)
+    )
     rollout = ledger.open_rollout()
     waits = rollout.name if rollout is not None and rollout.status == "running" else ""
     evidence = {

@@ -28,10 +28,11 @@ from ..core.ledger import Ledger
 from ..core.pointer import Pointer, SlotEntry, write_pointer
 from ..core.workspace import Workspace
 from ..monitoring.prediction_store import LOG_FIELDS, read_window
-from .deployment import CHAMPION, rollback_target, serving_regime
+from .deployment import CHAMPION, serving_regime
 from .probe import json_value, wait_until_ready
 from .regimes import regimes, the_regime
 from .rollout_evidence import release_schema
+from .way_back import rollback_target
 
 # %% auto #0
 __all__ = ['Stage', 'rehearsal_stage', 'Asked', 'asking', 'replayed_rows', 'Drill', 'to_and_fro', 'drill', 'drill_due',
@@ -248,7 +249,7 @@ def drill(
     if slot is None:
         return None
     try:
-        target = rollback_target(ledger, slot.digest, None)
+        target = rollback_target(ledger, slot.digest)
     except ConflictError:
         return None
     try:

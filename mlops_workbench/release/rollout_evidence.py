@@ -29,7 +29,7 @@ from ..monitoring.prediction_store import read_shadow, read_window
 from .arms import Arm, measure_arm, remove_covariate
 from .confidence_sequence import past_burn_in
 from .deployment import CHALLENGER, newest_private
-from .forecast import forecast_words, times_more
+from .forecast import NO_WORD, forecast_words, times_more
 from .group_sequential import PLANNED_LOOKS
 from .paired import judge_pairs
 from .sample_ratio import RatioCheck, check_ratio
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['BELIEF', 'Side', 'CopyFigures', 'Evidence', 'row_values', 'release_schema', 'ripe_rows', 'since_both',
-           'read_evidence', 'planned_part', 'failed_rows', 'adjusted_arms', 'row_covariate', 'beliefs']
+           'read_evidence', 'counted_hours', 'planned_part', 'failed_rows', 'adjusted_arms', 'row_covariate', 'beliefs']
 
 # %% ../../nbs/release/17_rollout_evidence.ipynb #30d953e4
 @dataclass(frozen=True)
@@ -52,11 +52,12 @@ class Side:
     entities: int
     labelled: Arm  # values of the metric
     latency_p99_ms: float  # of its requests; for a copy of the processor's time alone; NaN without
+    judged: Arm | None = None  # the first of them, which a planned word rests on; None: all of them
 
     @property
     def mean(self) -> float:
-        """The metric's mean a labelled row; NaN without."""
-        return self.labelled.mean
+        """The metric's mean over the rows that the word rests on; NaN without."""
+        return (self.judged or self.labelled).mean
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Evidence:
     copied: CopyFigures | None = None  # of a shadow step
     covariate: str = ""  # what narrowed the interval, and by how much
     hours_to_word: float | None = None  # a forecast; None when there is a word, or none in sight
+    left_out: int = 0  # rows of the former release from before the new one's first answer
+    newest_label: float = math.nan  # seconds since 1970: when the newest labelled row was answered
 
     def as_dict(self) -> dict[str, Any]:
         """The evidence as a decision keeps it."""
@@ -103,6 +106,7 @@ class Evidence:
             "copied": asdict(self.copied) if self.copied else None,
             "covariate": self.covariate,
             "hours_to_word": self.hours_to_word,
+            "left_out": self.left_out,
         }
 
 # %% ../../nbs/release/17_rollout_evidence.ipynb #f512f604
@@ -188,7 +192,7 @@ class _Step:
     def planned(self) -> bool:
         """Whether this step ends after a planned number of labelled rows."""
         last = self.rollout.step + 1 >= len(self.rollout.steps)
-        return last and self.settings.planned_rows > 0
+        return last and not self.rollout.shadow and self.settings.planned_rows > 0
 
     @property
     def alpha(self) -> float:
@@ -217,30 +221,49 @@ def read_evidence(
 
 
 def _with_forecast(step: _Step, found: Evidence) -> Evidence:
-    """The evidence with the time until a word, where there is none yet and an interval to forecast by."""
+    """The evidence with what is missing for a word, and how long that takes, where there is none yet and it can be told."""
     verdict, rules = found.verdict, step.settings
-    if verdict.final or verdict.over or verdict.exact or not verdict.interval.known:
+    sizes = [found.old.labelled.rows, found.new.labelled.rows]
+    if verdict.final or verdict.over or (found.ratio is not None and not found.ratio.ok):
         return found
-    rows = min(found.old.labelled.rows, found.new.labelled.rows)
+    words, times = [verdict.reason], None
     if step.planned:
-        times: float | None = rules.planned_rows / (
-            found.old.labelled.rows + found.new.labelled.rows
-        )
+        missing = max(0.0, rules.planned_rows - sum(sizes))
+        words += [f"{missing:,.0f} of the {rules.planned_rows:,} planned labelled rows are missing"]
+        times = rules.planned_rows / sum(sizes) if sum(sizes) else None
+    elif verdict.exact or not verdict.interval.known:
+        return found
     else:
-        times = times_more(step.metric, verdict.interval, rows, rules.minimum_rows, step.alpha)
-    counted = (
-        max(found.minutes - rules.label_delay_minutes, 0.0) / 60
-    )  # hours whose rows have labels
-    hours = None if times is None else (max(times, 1.0) - 1) * counted
-    words = f"{verdict.reason}; {forecast_words(hours)}"
-    return replace(found, verdict=replace(verdict, reason=words), hours_to_word=hours)
+        times = times_more(
+            step.metric, verdict.interval, min(sizes), rules.minimum_rows, step.alpha
+        )
+        words += [] if times else [NO_WORD]
+    counted, hours = counted_hours(step.since, step.ripe, found.newest_label), None
+    if times is not None and counted is not None:
+        hours = (max(times, 1.0) - 1) * counted
+        words.append(forecast_words(hours))
+    elif times is not None:
+        words.append("no labelled rows come at this time, so nobody can tell how long that takes")
+    reason = "; ".join(words)
+    return replace(found, verdict=replace(verdict, reason=reason), hours_to_word=hours)
+
+
+def counted_hours(
+    since: float,  # seconds since 1970, as all of them: the step began
+    until: float,  # rows up to it have their labels
+    newest: float,  # the newest labelled row was answered; NaN without one
+) -> float | None:
+    """The hours in which the labelled rows came, where that tells when more will have come; None where too few did or they stopped."""
+    silent, came = until - newest, newest - since
+    steady = until - since >= 60 and silent <= max(60.0, came / 4)
+    return (until - since) / 3600 if steady else None
 
 # %% ../../nbs/release/17_rollout_evidence.ipynb #d304fe50
 def planned_part(
     parts: list[pd.DataFrame],  # labelled rows of the old and the new release, with their time
     planned: int,  # labelled rows of both at the end
 ) -> tuple[list[pd.DataFrame], int]:
-    """The rows of the last look that is due, and its number (0 to PLANNED_LOOKS)."""
+    """The first rows, those of the last look that is due, and its number (0 to PLANNED_LOOKS)."""
     times = np.sort(np.concatenate([part["time"].to_numpy(dtype=np.float64) for part in parts]))
     look = min(PLANNED_LOOKS, len(times) * PLANNED_LOOKS // planned)
     rows = math.ceil(planned * look / PLANNED_LOOKS)
@@ -261,33 +284,51 @@ def _read_split(step: _Step) -> Evidence:
     rollout, ledger = step.rollout, Ledger(step.workspace.ledger_url)
     window = read_window(step.workspace.predictions, step.since, step.until)
     rows = since_both(window.predictions, rollout.candidate)
-    sides, ripe = [], []
+    early = len(_of(window.predictions, rollout.champion)) - len(_of(rows, rollout.champion))
+    sides, ripe, look = [], [], None
     schemas = [release_schema(ledger, digest) for digest in (rollout.champion, rollout.candidate)]
     for digest, schema in zip((rollout.champion, rollout.candidate), schemas, strict=True):
-        mine = rows[rows["release"] == digest]
+        mine = _of(rows, digest)
         ripe.append(ripe_rows(mine, schema.classes, step.ripe))
         arm = measure_arm(step.values(ripe[-1], schema), _entities(ripe[-1], schema).to_numpy())
         entities = int(_entities(mine, schema).nunique())
         sides.append(
             Side(ledger.release(digest).name, len(mine), entities, arm, _p99(mine, "latency_ms"))
         )
+    newest = float(np.fmax(*(part["time"].max() for part in ripe)))
+    if step.planned:
+        ripe, look = planned_part(ripe, step.settings.planned_rows)
+        values = [step.values(*each) for each in zip(ripe, schemas, strict=True)]
+        sides = [
+            replace(side, judged=measure_arm(each))
+            for side, each in zip(sides, values, strict=True)
+        ]
     old, new = sides
     failed = failed_rows(window.errors, rollout.candidate, new.name)
     ratio = None
     if new.entities:  # before its first answer it may still be loading
         shares = {"old": 1 - rollout.share, "new": rollout.share}
         ratio = check_ratio({"old": old.entities, "new": new.entities}, shares)
-    verdict, words = _split_verdict(step, ripe, schemas, ratio)
-    return Evidence(old, new, failed, ratio, verdict, 0.0, 0.0, covariate=words)
+    verdict, words = _split_verdict(step, ripe, schemas, ratio, look)
+    return Evidence(
+        old, new, failed, ratio, verdict, 0.0, 0.0, covariate=words, left_out=early, newest_label=newest
+    )  # fmt: skip
+
+
+def _of(rows: pd.DataFrame, digest: str) -> pd.DataFrame:
+    """The rows that a release answered."""
+    return rows[rows["release"] == digest]
 
 
 def _split_verdict(
-    step: _Step, ripe: list[pd.DataFrame], schemas: list[FeatureSchema], ratio: RatioCheck | None
+    step: _Step,
+    ripe: list[pd.DataFrame],  # the rows to judge by
+    schemas: list[FeatureSchema],
+    ratio: RatioCheck | None,
+    look: int | None,  # where the end is planned
 ) -> tuple[Verdict, str]:
     """The word on the labelled rows of the old and the new release, and what a covariate did to it."""
-    look, words = None, ""
-    if step.planned:
-        ripe, look = planned_part(ripe, step.settings.planned_rows)
+    words = ""
     both = list(zip(ripe, schemas, strict=True))
     values = [step.values(rows, schema) for rows, schema in both]
     names = [_entities(rows, schema).to_numpy() for rows, schema in both]
@@ -299,7 +340,18 @@ def _split_verdict(
         step.metric, old, new, share_new=step.rollout.share, alpha=step.alpha, ratio=ratio,
         least_rows=step.settings.minimum_rows, look=look,
     )  # fmt: skip
+    if look is not None and (ratio is None or ratio.ok):
+        reason = _planned_words(verdict.reason, sum(map(len, ripe)), step.settings.planned_rows)
+        verdict = replace(verdict, reason=reason)
     return verdict, words
+
+
+def _planned_words(reason: str, judged: int, planned: int) -> str:
+    """A word with the rows that it rests on, which are the same for the whole comparison."""
+    first = math.ceil(planned / PLANNED_LOOKS)
+    if not judged:
+        return f"not enough data: the first look is due after {first:,} labelled rows"
+    return f"{reason}, by the first {judged:,} labelled rows"
 
 # %% ../../nbs/release/17_rollout_evidence.ipynb #2ec7ed96
 BELIEF = "belief"  # the covariate that every recipe has: how sure the former release is
@@ -390,8 +442,10 @@ def _read_copy(step: _Step) -> Evidence:
         release_schema(ledger, rollout.champion),
         release_schema(ledger, rollout.candidate),
     )
-    first = copies["time"].min() if len(copies) else math.inf
-    given = window.predictions[window.predictions["time"] >= first - 1]
+    all_given = window.predictions
+    first = all_given.loc[all_given["id"].isin(copies["id"]), "time"].min()  # that was copied
+    given = all_given[all_given["time"] >= first]
+    early = len(all_given) - len(given) if len(given) else 0
     columns = ["id", "probabilities", "prediction", "latency_ms", "old_ms", "error"]
     pairs = given.merge(copies[columns], on="id", suffixes=("", "_new"))
     good = pairs[pairs["error"] == ""]
@@ -421,4 +475,7 @@ def _read_copy(step: _Step) -> Evidence:
         alpha=step.alpha,
         least_rows=step.settings.minimum_rows,
     )
-    return Evidence(sides[0], sides[1], len(bad), None, verdict, 0.0, 0.0, figures)
+    newest = float(ripe["time"].max()) if len(ripe) else math.nan
+    return Evidence(
+        sides[0], sides[1], len(bad), None, verdict, 0.0, 0.0, figures, left_out=early, newest_label=newest
+    )  # fmt: skip

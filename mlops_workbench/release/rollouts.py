@@ -20,7 +20,7 @@ from ..core.change import Change
 from ..core.assignment import share_words
 from ..core.ledger import Ledger, RolloutRow
 from ..core.workspace import Workspace
-from .approvals import check_four_eyes
+from .approvals import check_four_eyes, check_not_barred
 from ..data.defaults import data_slot, record_default
 from mlops_workbench.release.deployment import (
     CHAMPION,
@@ -87,8 +87,9 @@ def start_rollout(
         raise UsageError(
             "expected the steps of the rollout, found none; name them with --steps 5,25,50 or in settings.ini, section [rollout]"
         )
+    check_not_barred(release, "started")
     passed = release.status in ("approved", "retired")
-    if not passed and (not force or release.status == "barred"):
+    if not passed and not force:
         raise GateRefusedError(
             f"expected an approved release, {release.name} is {release.status}; no rollout was started; "
             f"see its gates with `mwb release show {release.name}`"

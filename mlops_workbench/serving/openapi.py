@@ -19,9 +19,10 @@ from .requests import FeedbackBody, PredictBody
 from .tensors import InferBody
 
 # %% auto #0
-__all__ = ['TEXT', 'NUMBER', 'COUNT', 'YES_OR_NO', 'ANY_OBJECT', 'SHARES', 'ERROR', 'ANSWERED', 'TENSOR', 'DESCRIBED', 'READY',
-           'INFERRED', 'DESCRIPTION', 'ANSWERS', 'IMPORTED_ANSWERS', 'BODIES', 'READINESS', 'BINARY', 'REFUSALS',
-           'object_of', 'list_of', 'refusals', 'described_answers', 'operation', 'openapi_document']
+__all__ = ['TEXT', 'NUMBER', 'COUNT', 'YES_OR_NO', 'ANY_OBJECT', 'SHARES', 'SINCE', 'LOADED_AT', 'ERROR', 'ANSWERED', 'TENSOR',
+           'DESCRIBED', 'READY', 'INFERRED', 'DESCRIPTION', 'ANSWERS', 'IMPORTED_ANSWERS', 'BODIES', 'READINESS',
+           'BINARY', 'REFUSALS', 'object_of', 'list_of', 'refusals', 'described_answers', 'operation',
+           'openapi_document']
 
 # %% ../../nbs/serving/15_openapi.ipynb #24082689
 TEXT: dict[str, Any] = {"type": "string"}
@@ -46,6 +47,11 @@ def list_of(item: Mapping[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/serving/15_openapi.ipynb #0b36f4c9
 SHARES = {"type": "object", "additionalProperties": NUMBER}
+SINCE = {
+    **TEXT,
+    "description": "when this release was put into its slot, the time that `mwb status` shows; empty where nobody says it",
+}
+LOADED_AT = {**TEXT, "description": "when this server process began to answer with this release"}
 ERROR = object_of({"field": TEXT, "row": COUNT}, error=TEXT)
 ANSWERED = object_of(id=TEXT, prediction=TEXT, probabilities=SHARES)
 TENSOR = object_of(
@@ -67,7 +73,15 @@ DESCRIPTION = object_of(
 ANSWERS: dict[str, dict[str, Any]] = {
     "/predict": object_of(release=TEXT, digest=TEXT, slot=TEXT, predictions=list_of(ANSWERED)),
     "/feedback": object_of(accepted=COUNT, duplicate=COUNT, changed=COUNT, orphan=COUNT),
-    "/release": object_of(release=TEXT, digest=TEXT, slot=TEXT, epoch=COUNT, schema=ANY_OBJECT),
+    "/release": object_of(
+        release=TEXT,
+        digest=TEXT,
+        slot=TEXT,
+        epoch=COUNT,
+        since=SINCE,
+        loaded_at=LOADED_AT,
+        schema=ANY_OBJECT,
+    ),
     "/health": object_of(status=TEXT),
     "/ready": READY,
     "/openapi.json": object_of(openapi=TEXT, paths=ANY_OBJECT),

@@ -90,6 +90,7 @@ async def release(app: PredictionApp, request: Request) -> Answer:
         "slot": CHAMPION,
         "epoch": status.epoch,
         "since": status.since,
+        "loaded_at": status.loaded_at,
     }
     return json_answer({**about, **manifest, "schema": schema})
 

@@ -125,7 +125,8 @@ class SlotStatus:
     epoch: int  # of the pointer whose champion serves; 0 before the first
     digest: str  # of the champion
     name: str
-    since: str  # ISO time of the champion's last swap
+    since: str  # ISO time at which the champion's slot changed, as the ledger has it; "" where the pointer does not say
+    loaded_at: str  # ISO time at which this server began to answer with the champion
     loading: str  # name of the release being loaded; "" when none
     problem: SlotProblem | None
     swaps: int
@@ -167,7 +168,7 @@ class ModelSlots:
         )
         self._wanted: Pointer | None = None
         self._retry_at = float("inf")  # monotonic seconds
-        self._status = SlotStatus(0, "", "", "", "", None, 0, 0)
+        self._status = SlotStatus(0, "", "", "", "", "", None, 0, 0)
 
     @property
     def champion(self) -> LoadedModel | None:
@@ -264,7 +265,8 @@ class ModelSlots:
                 epoch=pointer.epoch,
                 digest=champion.digest,
                 name=champion.manifest.name,
-                since=iso(now()) if swapped else self._status.since,
+                since=pointer.since,
+                loaded_at=iso(now()) if swapped else self._status.loaded_at,
                 problem=None if len(loaded) == len(wanted) else self._status.problem,
                 swaps=self._status.swaps + swapped,
                 arms=(*self.arms.status(), *shadow_status(pointer)),
