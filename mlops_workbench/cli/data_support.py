@@ -230,7 +230,7 @@ def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any
         click.echo(f"  {judged} beside the {report.previous_rows:,} of {base}:")
     for problem in [] if report is None else report.problems:
         click.echo(f"  {problem.severity}: {problem.column}: {problem.text}")
-    for note in [] if report is None else report.notes:
+    for note in [] if report is None or version.unchanged else report.notes:
         click.echo(f"  remark: {note}")
     if intake.quarantine is not None:
         click.echo(
