@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from mlops_workbench.cli.main import main
 from mlops_workbench.core.workspace import Workspace
 from mlops_workbench.data.versions import DataStore
+from mlops_workbench.pages.data_views import diff_tables
 
 
 def orders(rows: int, first: int, seed: int = 0) -> pd.DataFrame:
@@ -89,7 +91,9 @@ def test_few_rows_whose_labels_are_all_turned_are_refused(
     store: DataStore, capsys: pytest.CaptureFixture[str], rows: int
 ) -> None:
     assert deliver(store, turned(orders(rows, 3000))) == 4
-    assert f"of {rows} labels look wrong" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"of {rows} labels look wrong, this model's own errors among them" in said
+    assert "so it would to " in said and "what this model's own errors explain" not in said
     assert deliver(store, orders(rows, 3000)) == 0
     assert store.resolve("orders").rows == 3000 + rows
 
@@ -136,6 +140,12 @@ def test_a_column_that_came_once_may_stay_away(
     assert run(store, "review", "orders", "--accept", "O003005") == 0
     rows = store.load("orders")
     assert len(rows) == 3060 and rows["extra"].notna().sum() == 20
+    capsys.readouterr()
+    assert deliver(store, orders(20, 3040)) == 0  # the same again, without the column
+    said = capsys.readouterr().out
+    assert (
+        "nothing new: all 20 rows are in orders@v1.4 as they are" in said and "beside" not in said
+    )
 
 
 def test_rows_that_wait_change_no_type(store: DataStore) -> None:
@@ -159,7 +169,7 @@ def test_what_nobody_can_take_in_stays_and_the_others_come(
     for name, why in (("O003001", "no label"), ("O003002", "no finite"), ("(no key)", "no key")):
         assert run(store, "review", "orders", "--accept", name) == 1
         assert why in capsys.readouterr().err
-    assert run(store, "review", "orders", "--accept-all", "-m", "a drone it was") == 0
+    assert run(store, "review", "orders", "--accept-all", "-m", "a drone it was") == 1
     said = capsys.readouterr()
     assert "1 row accepted" in said.out and "4 still waiting" in said.out
     for why in ("O003001: it has no label", "(no key): it has no key", "late is 'maybe', no class"):
@@ -190,6 +200,41 @@ def test_one_value_below_0_does_not_widen_what_is_usual(
     far.loc[5, "km"] = -1.5 * store.load("orders@v1.0")["km"].max()
     assert deliver(store, far) == 0
     assert [row["id"] for row in asked(store, capsys, "review", "orders")] == ["O003045"]
+
+
+def test_a_single_value_far_below_0_waits(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = orders(20, 3000)
+    rows.loc[5, "km"] = -40.0
+    assert deliver(store, rows) == 0
+    assert "first -40, where none of 3,000 was before: wrong sign?" in capsys.readouterr().out
+    rows = orders(20, 3020)
+    rows.loc[5, "km"], rows.loc[6, "km"] = -400.0, -40.0  # more than a twentieth: as before
+    assert deliver(store, rows) == 0
+    rows = orders(40, 3040)
+    rows.loc[5, "km"], rows.loc[6, "km"] = -400.0, -40.0
+    assert deliver(store, rows) == 0
+    waiting = [row["id"] for row in asked(store, capsys, "review", "orders")]
+    assert waiting == ["O003005", "O003025", "O003045", "O003046"]
+
+
+def test_numbers_for_classes_are_taken_in_and_it_is_said_how_they_were_read(
+    store: DataStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = orders(40, 3000)
+    assert deliver(store, rows.assign(late=(rows["late"] == "yes").astype(int))) == 0
+    assert "remark: labels 0, 1 read as 'no', 'yes'" in capsys.readouterr().out
+    assert deliver(store, orders(20, 3040)) == 0
+    assert "read as" not in capsys.readouterr().out
+    stored = store.load("orders").set_index("order").loc[rows["order"], "late"]
+    assert stored.tolist() == (rows["late"] == "yes").astype(int).tolist()
+    versions = [store.resolve(f"orders@v1.{number}") for number in range(3)]
+    tables = [diff_tables(store, *pair) for pair in pairwise(versions)]
+    (late,) = (row for row in tables[0]["columns"][1] if row[0] == "late")
+    assert set(json.loads(late[-1])["names"][:2]) == {"no", "yes"}
+    sample = json.loads(tables[0]["samples"][1][0][2])
+    assert {row[sample["columns"].index("late")] for row in sample["rows"]} == {"no", "yes"}
 
 
 def test_new_changed_and_relabelled_rows_are_counted(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_support import table
 from rollback_support import KINDS, measure_rollbacks
 from rollout_support import add_release, decisions, release_pair
 from serving_support import build_bundle
@@ -15,7 +16,8 @@ from mlops_workbench.cli.main import main
 from mlops_workbench.core.errors import ConflictError, GateRefusedError
 from mlops_workbench.core.ledger import Ledger
 from mlops_workbench.core.workspace import Workspace
-from mlops_workbench.data.defaults import default_versions
+from mlops_workbench.data.defaults import default_versions, set_default_data
+from mlops_workbench.data.versions import DataStore
 from mlops_workbench.pages.monitoring import releases_html
 from mlops_workbench.pages.reader import monitoring_tables
 from mlops_workbench.release.deployment import clear_release, deploy, record_release, rollback
@@ -61,6 +63,24 @@ def test_the_way_back_goes_further_where_the_one_before_is_broken(tmp_path: Path
         and statuses["flights-r4"] == "barred"
     )
     assert workspace.pointer_path.read_bytes() == before and ledger.verify().ok
+
+
+def test_data_that_go_back_alone_say_which_release_still_answers_from_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace = four_releases(tmp_path)
+    store, rows = DataStore(workspace), table(50)
+    for number in range(10, 60, 10):
+        ref = store.snapshot("flights", rows[:number], key="id", label="late").ref
+        set_default_data(workspace, ref, actor="test", reason="accepted")
+    here = ["-w", str(workspace.root)]
+    assert main(["data", "rollback", "flights@v1.2", *here]) == 0
+    said = capsys.readouterr()
+    assert "flights-r4 serves and learned from flights@v1.4, which does not count" in said.err
+    assert "`mwb rollback --to flights-r2` gives the traffic back" in said.err
+    assert main(["rollback", "--to", "flights-r2", *here]) == 0
+    assert main(["data", "rollback", "flights@v1.2", *here]) == 0
+    assert "learned from" not in capsys.readouterr().err
 
 
 def test_what_was_sent_back_stays_away_until_a_person_clears_it(tmp_path: Path) -> None:

@@ -112,10 +112,11 @@ def review(
     message: str,
     workspace: Path | None,
     as_json: bool,
-) -> None:
+) -> int:
     """Show the rows of NAME in quarantine (default: of every data set); take them in or turn them down.
 
-    Rows that hold the same are shown once, and decided together.
+    Rows that hold the same are shown once, and decided together. With --accept-all the rows that nobody can take in
+    stay and are named; exit 1 then, or 4 when no row could be taken in.
 
     Example: mwb data review flights --accept 2013-06-01T05-UA-EWR-IAH -m "checked by hand"
     """
@@ -142,7 +143,7 @@ def review(
             for each in names
         }
         _show_waiting(found, not name, as_json)
-        return
+        return 0
     name = _one_name(names) if names else _dataset(store).split("@")[0]
     stay: dict[str, str] = {}
     if accept_all:
@@ -153,16 +154,17 @@ def review(
         if not (accept or reject) and stay:
             raise DataRefusedError(f"expected rows that can be taken in, found none: {_stay(stay)}")
     done = review_rows(store, name, accept=accept, reject=reject, actor=getuser(), reason=message)
+    if stay:
+        click.echo(f"not taken in: {_stay(stay)}", err=True)
     if as_json:
         print_json(done)
-        return
+        return 1 if stay else 0
     made = f"; {done.version} is the new default: {done.note}" if done.version else ""
     click.echo(
         f"{counted(len(done.accepted), 'row')} accepted{made}; {len(done.rejected):,} rejected; "
         f"{done.waiting:,} still waiting (decision {done.decision})"
     )
-    if stay:
-        click.echo(f"not taken in: {_stay(stay)}", err=True)
+    return 1 if stay else 0
 
 # %% ../../nbs/cli/26_data_quality.ipynb #ddba5474
 def _stay(why: Mapping[str, str]) -> str:

@@ -154,6 +154,7 @@ def take_rows(
             "needed": needed,
             "skip": order,
             "pictures": pictures,
+            "notes": rows.attrs.get("notes", ()),
         }
         report = judge(store, delivery, **names, **how)
         is_refused = report is not None and report.verdict == "refuse" and not force
@@ -210,6 +211,7 @@ def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any
     assert version is not None, "a refusal is an error"
     if as_json:
         waiting: dict[str, Any] = {"held": intake.held, "counts": intake.counts}
+        waiting["known"] = intake.known
         waiting["quarantine"] = intake.quarantine and intake.quarantine.ref
         about = {"unchanged": version.unchanged, "validation": version.validation}
         print_json({**version.summary(), **about, **waiting, **more})
@@ -217,12 +219,18 @@ def tell_intake(intake: Intake, name: str, what: str, as_json: bool, **more: Any
     verdict = "unchanged" if version.unchanged else "forced" if version.forced else "stored"
     counts = f": {intake.counts.text()}" if intake.counts is not None else ""
     click.echo(f"{version.ref}  {verdict}  {counted(version.rows, 'row')} {what}{counts}")
-    if intake.report is not None and intake.report.problems and version.parent:
-        judged = counted(intake.report.rows, "new or changed row")
-        click.echo(f"  {judged} beside the {intake.report.previous_rows:,} of {version.parent}:")
-    for problem in [] if intake.report is None or version.unchanged else intake.report.problems:
+    report, base = intake.report, version.ref if version.unchanged else version.parent
+    if report is None and intake.known:
+        rows = "the row is" if intake.known == 1 else f"all {intake.known:,} rows are"
+        click.echo(
+            f"  nothing new: {rows} in {version.ref} as {'it is' if intake.known == 1 else 'they are'}"
+        )
+    if report is not None and report.problems and base:
+        judged = counted(report.rows, "new or changed row")
+        click.echo(f"  {judged} beside the {report.previous_rows:,} of {base}:")
+    for problem in [] if report is None else report.problems:
         click.echo(f"  {problem.severity}: {problem.column}: {problem.text}")
-    for note in [] if intake.report is None or version.unchanged else intake.report.notes:
+    for note in [] if report is None or version.unchanged else report.notes:
         click.echo(f"  remark: {note}")
     if intake.quarantine is not None:
         click.echo(

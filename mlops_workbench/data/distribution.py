@@ -16,6 +16,8 @@ import pandas as pd
 
 from numpy.typing import NDArray
 
+from ..core.digits import counted
+from .findings import class_name
 from .directions import category_shape, number_shape
 from mlops_workbench.data.permutation import (
     Binned,
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['MISSING', 'RARE', 'MAXIMUM_NAMES', 'DistributionReport', 'compare_distributions', 'draw_distributions']
+__all__ = ['MISSING', 'RARE', 'MAXIMUM_NAMES', 'FEWEST_ROWS', 'too_few_rows', 'DistributionReport', 'compare_distributions',
+           'draw_distributions']
 
 # %% ../../nbs/data/32_distribution.ipynb #7c7ed25d
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class _Pair:
 # %% ../../nbs/data/32_distribution.ipynb #d99203ff
 MISSING, RARE = "(missing)", "(rare)"
 MAXIMUM_NAMES = 200  # categories with a code of their own; the rarest share one
+FEWEST_ROWS = (
+    20  # of each side, for a distribution to be judged: of one row every share is 0 or 100 %
+)
 
 # %% ../../nbs/data/32_distribution.ipynb #c12a25c3
 def _name(cell: object) -> str:
@@ -52,10 +58,15 @@ def _name(cell: object) -> str:
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
-def _category_pair(column: str, before: pd.Series, after: pd.Series) -> _Pair | None:
+def _category_pair(
+    column: str, before: pd.Series, after: pd.Series, classes: Sequence[str]
+) -> _Pair | None:
     """Both sides as codes, the most frequent value first; None for text that names single rows."""
     sides = [
-        [MISSING if cell is None or cell != cell else _name(cell) for cell in cells.astype(object)]
+        [
+            MISSING if cell is None or cell != cell else class_name(_name(cell), classes)
+            for cell in cells.astype(object)
+        ]
         for cells in (before, after)
     ]
     counts = pd.Series(sides[0] + sides[1]).value_counts()
@@ -66,8 +77,10 @@ def _category_pair(column: str, before: pd.Series, after: pd.Series) -> _Pair | 
     numbers = [np.array([codes.get(t, len(names)) for t in side], dtype=float) for side in sides]
     return _Pair(column, numbers[0], numbers[1], (*names, RARE))
 
-# %% ../../nbs/data/32_distribution.ipynb #987b9bea
-def _pairs(column: str, before: pd.Series, after: pd.Series, is_label: bool) -> list[_Pair]:
+# %% ../../nbs/data/32_distribution.ipynb #de9c357a
+def _pairs(
+    column: str, before: pd.Series, after: pd.Series, is_label: bool, classes: Sequence[str]
+) -> list[_Pair]:
     """A column of both sides in a form that can be compared; empty when it cannot."""
     pair = (before, after)
     if any(pd.api.types.is_datetime64_any_dtype(cells.dtype) for cells in pair):
@@ -90,10 +103,19 @@ def _pairs(column: str, before: pd.Series, after: pd.Series, is_label: bool) -> 
         pd.api.types.is_numeric_dtype(after.dtype)
     ):
         return []  # another type, which is a finding of its own
-    category = _category_pair(column, before, after)
+    category = _category_pair(column, before, after, classes)
     return [category] if category is not None else []
 
-# %% ../../nbs/data/32_distribution.ipynb #9d8f7492
+# %% ../../nbs/data/32_distribution.ipynb #67f2106e
+def too_few_rows(rows: int) -> str:
+    """That so many rows are too few to compare distributions; empty where they are enough."""
+    if rows >= FEWEST_ROWS:
+        return ""
+    return (
+        f"too few rows to compare distributions: {counted(rows, 'row')}, {FEWEST_ROWS} are needed"
+    )
+
+
 @dataclass(frozen=True)
 class DistributionReport:
     """How the columns of a batch lie beside those of the version before."""
@@ -108,8 +130,15 @@ class DistributionReport:
         """What moved, the largest effect first."""
         return tuple(sorted((c for c in self.columns if c.moved), key=lambda c: -c.effect))
 
+    @property
+    def too_few(self) -> str:
+        """Why nothing was compared; empty where there are rows enough."""
+        return too_few_rows(min(self.rows, self.previous_rows))
+
     def text(self) -> str:
         """The finding in one sentence."""
+        if self.too_few:
+            return self.too_few
         said = "; ".join(f"{part.column}: {part.direction}" for part in self.moved[:5])
         more = f"; and {len(self.moved) - 5} more" if len(self.moved) > 5 else ""
         found = f"{len(self.moved)} of {len(self.columns)} distributions moved"
@@ -166,27 +195,32 @@ def compare_distributions(
     previous: pd.DataFrame,  # the version before
     *,
     label: str = "",
+    classes: Sequence[str] = (),  # what labels 0, 1, ... are called
     skip: Sequence[str] = (),  # the key, the time: columns that differ by nature
     false_alarm_rate: float = 0.05,  # for one or more false "moved" in an unchanged batch
     minimum_effect: float = 0.1,  # scales for numbers, share of rows for categories and gaps
     maximum_rows: int = 4000,  # of each side
     seed: int = 0,
 ) -> DistributionReport:
-    """Which columns moved (permutation test, Holm over columns), with words and histograms."""
+    """Which columns moved (permutation test, Holm over columns), with words and histograms; none below `FEWEST_ROWS` rows."""
+    if few := too_few_rows(min(len(frame), len(previous))):
+        return DistributionReport(len(frame), len(previous), (), few)
     generator = np.random.default_rng(seed)
     before, after = (_thinned(side, maximum_rows, generator) for side in (previous, frame))
     pairs = {
         pair.column: pair
         for name in previous.columns
         if name in frame and name not in skip
-        for pair in _pairs(str(name), before[name], after[name], name == label)
+        for pair in _pairs(
+            str(name), before[name], after[name], name == label, classes if name == label else ()
+        )
     }
     binned = [part for pair in pairs.values() for part in _bins(pair)]
     method = (
         f"permutation test at {len(before):,} and {len(after):,} rows, Holm over {len(binned)} columns at "
         f"{false_alarm_rate:g}, minimum effect {minimum_effect:g}"
     )
-    if not binned or not len(before) or not len(after):
+    if not binned:
         return DistributionReport(len(frame), len(previous), (), method)
     shuffles = max(999, math.ceil(2 * len(binned) / false_alarm_rate) - 1)
     effects = shuffled_effects(binned, len(before), len(after), shuffles, generator)
@@ -205,7 +239,7 @@ def draw_distributions(report: DistributionReport, most: int = 6) -> Figure:
     height = max(1, math.ceil(len(shown) / 3))
     figure = Figure(figsize=(10.0, 2.6 * height), layout="constrained", dpi=110)
     if not shown:
-        figure.text(0.02, 0.5, "no distribution to compare: this is the first version")
+        figure.text(0.02, 0.5, report.too_few or "no distribution to compare")
         return figure
     for axes in np.ravel(figure.subplots(height, 3))[len(shown) :]:
         axes.set_visible(False)

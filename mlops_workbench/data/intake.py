@@ -43,6 +43,7 @@ class Delivery:
     new: NDArray[np.bool_]  # [rows of the table], those to be judged
     batch: pd.DataFrame  # the same rows as they were delivered, with no column more or less
     previous: pd.DataFrame | None  # the rows of the version before; None for the first
+    known: int = 0  # more rows of the delivery: they are there already, as they are
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,16 @@ class Intake:
     counts: Counts | None = (
         None  # of the rows that came in, beside those before; None: the first version or none came
     )
+    known: int = 0  # rows of the delivery that were there already, as they are
 
 # %% ../../nbs/data/38_intake.ipynb #9185516a
 def _known_as_they_are(previous: pd.DataFrame, rows: pd.DataFrame, key: str) -> NDArray[np.bool_]:
-    """Which rows [n] are among the previous ones, every cell the same; none where the columns differ."""
+    """Which rows [n] are among the previous ones, every cell the same; none where the rows have a column more."""
     known = np.zeros(len(rows), dtype=np.bool_)
     once = ~rows[key].duplicated(keep=False) & rows[key].isin(previous[key])
-    if not once.any() or set(rows.columns) != set(previous.columns):
+    if not once.any() or set(rows.columns) - set(previous.columns):
         return known
-    here = rows[once].set_index(key, drop=False)
+    here = rows[once].reindex(columns=previous.columns).set_index(key, drop=False)
     there = previous[previous[key].isin(here.index)].set_index(key, drop=False)
     try:
         same = hash_rows(to_table(here)) == hash_rows(to_table(there.loc[here.index]))
@@ -96,10 +98,12 @@ def _known_as_they_are(previous: pd.DataFrame, rows: pd.DataFrame, key: str) -> 
 
 def added_rows(previous: pd.DataFrame | None, rows: pd.DataFrame, key: str) -> Delivery:
     """The previous rows with these added; rows that come again just as they are known are neither new nor judged."""
+    known = 0
     if previous is not None and key in rows:
-        rows = rows[~_known_as_they_are(previous, rows, key)].reset_index(drop=True)
+        same = _known_as_they_are(previous, rows, key)
+        rows, known = rows[~same].reset_index(drop=True), int(same.sum())
     if previous is not None and len(previous) and not len(rows):
-        return Delivery(previous, np.zeros(len(previous), dtype=np.bool_), rows, previous)
+        return Delivery(previous, np.zeros(len(previous), dtype=np.bool_), rows, previous, known)
     kept = previous
     if previous is not None and key in rows:
         kept = previous[~previous[key].isin(rows[key])]
@@ -107,7 +111,7 @@ def added_rows(previous: pd.DataFrame | None, rows: pd.DataFrame, key: str) -> D
         table = rows.reset_index(drop=True)
         return Delivery(table, np.ones(len(table), dtype=np.bool_), rows, previous)
     table = pd.concat([kept, rows], ignore_index=True)
-    return Delivery(table, np.arange(len(table)) >= len(kept), rows, previous)
+    return Delivery(table, np.arange(len(table)) >= len(kept), rows, previous, known)
 
 # %% ../../nbs/data/38_intake.ipynb #f7a6d285
 def replacing_rows(stored: StoredVersion | None, rows: pd.DataFrame, key: str) -> Delivery:
@@ -118,7 +122,8 @@ def replacing_rows(stored: StoredVersion | None, rows: pd.DataFrame, key: str) -
     arrow = to_table(table)
     places = pd.Index(stored.keys.to_pylist()).get_indexer(key_texts(arrow[key]).to_pylist())
     same = (places >= 0) & (stored.hashes[np.maximum(places, 0)] == hash_rows(arrow))
-    return Delivery(table, ~same, table[~same].reset_index(drop=True), stored.frame())
+    batch = table[~same].reset_index(drop=True)
+    return Delivery(table, ~same, batch, stored.frame(), int(same.sum()))
 
 # %% ../../nbs/data/38_intake.ipynb #cc804866
 def deliver(
@@ -181,6 +186,7 @@ def judge(
     pictures: str = "",  # the column that holds the content of files
     classes: Sequence[str] = (),  # what labels 0, 1, ... are called
     needed: Collection[str] | None = None,  # columns that must be there; None: all of those before
+    notes: Sequence[str] = (),  # what is to be said of the delivery beside that
 ) -> ValidationReport | None:
     """What the checks say of the new rows, beside those before; None when there is none."""
     if not delivery.new.any():
@@ -189,7 +195,7 @@ def judge(
     if pictures:
         batch, schema = _seen(batch, pictures), picture_schema(pictures)
         previous = None if previous is None else _seen(previous, pictures)
-    return validate_batch(
+    report = validate_batch(
         batch,
         schema=schema,
         previous=previous,
@@ -202,6 +208,7 @@ def judge(
         classes=classes,
         needed=needed,
     )
+    return replace(report, notes=(*notes, *report.notes))
 
 # %% ../../nbs/data/38_intake.ipynb #0644fee1
 def words(report: ValidationReport) -> str:
@@ -251,7 +258,8 @@ def take_in(
     if version.unchanged and waiting is None and not forced:
         verdict = "unchanged"
     counts = None if version.unchanged else count_rows(delivery, table, key, label)
-    return Intake(verdict, report, version, came, waiting, len(held), counts)
+    known = delivery.known
+    return Intake(verdict, report, version, came, waiting, len(held), counts, known)
 
 # %% ../../nbs/data/38_intake.ipynb #0111722d
 def count_rows(

@@ -13,7 +13,7 @@ import re
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -181,7 +181,7 @@ class LabelReport:
     def text(self) -> str:
         """What is known about wrong labels, and how surely, in one sentence."""
         low, high = (round(bound) for bound in self.interval)
-        found = f"about {self.estimated_wrong:.0f} of {self.judged:,} labels look wrong (95 %: {low:,} to {high:,})"
+        found = f"about {self.estimated_wrong:.0f} of {self.judged:,} labels look wrong beyond what this model's own errors explain (95 %: {low:,} to {high:,})"
         if not self.flagged:
             return found + "; no single row is more likely wrong than right"
         named = f"{len(self.flagged):,} rows are named, of which {self.promised:.0%} are expected to be really wrong"
@@ -337,11 +337,14 @@ class LabelCheck:
     """Whether the labels of a batch follow its features as those of the accepted rows do."""
 
     report: LabelReport
-    share: float  # of wrong labels, estimated
-    usual: float  # the same estimate for honest blocks of the accepted rows, on average
+    share: float  # of labels that look wrong, as `measure` says
+    usual: float  # the same of the accepted rows: of honest blocks, on average
     limit: float  # what one more honest block would stay below, in 99.5 of 100 cases (few rows: 99)
     allowed: float  # excess over `usual` that is tolerated
     blocks: int
+    measure: Literal["excess", "disagreement"] = (
+        "excess"  # beyond what the model's own errors explain, or every label that it would not give
+    )
 
     @property
     def fits(self) -> bool:
@@ -349,10 +352,16 @@ class LabelCheck:
         return self.share <= self.limit or self.share - self.usual <= self.allowed
 
     def text(self) -> str:
-        """The finding in one sentence."""
-        return (
-            f"{self.share:.0%} of {self.report.judged:,} labels look wrong; among the accepted rows {self.usual:.0%} do "
+        """The finding in one sentence, with its measure: at a hard task an honest row has an excess of 0 %, and many disagreements."""
+        found = f"{self.share:.0%} of {self.report.judged:,} labels look wrong"
+        chance = (
             f"(by chance up to {self.limit:.0%}), and {self.allowed:.0%} more would be tolerated"
+        )
+        if self.measure == "excess":
+            return f"{found} beyond what this model's own errors explain; of the accepted rows {self.usual:.0%} do {chance}"
+        return (
+            f"{found}, this model's own errors among them: it would give another label; so it would to {self.usual:.0%} "
+            f"of the accepted rows {chance}"
         )
 
     def summary(self) -> dict[str, Any]:
@@ -360,7 +369,8 @@ class LabelCheck:
         figures = {
             name: round(getattr(self, name), 4) for name in ("share", "usual", "limit", "allowed")
         }
-        return {"fits": self.fits, **figures, "blocks": self.blocks, **self.report.summary()}
+        about = {"measure": self.measure, "blocks": self.blocks}
+        return {"fits": self.fits, **figures, **about, **self.report.summary()}
 
 # %% ../../nbs/data/07_labels.ipynb #05fcbfa5
 def _sample(rows: int, most: int, seed: int) -> NDArray[np.int64]:
@@ -453,7 +463,8 @@ def _judge_few(
     share = float((judged.argmax(axis=1) != new).mean())
     report = _report(keys, names, judged, new, estimate, estimate.standard_error, len(old))
     usual = float(disbelieved.mean())
-    return LabelCheck(report, share, usual, most / len(new), allowed, len(folds))
+    limit = most / len(new)
+    return LabelCheck(report, share, usual, limit, allowed, len(folds), "disagreement")
 
 # %% ../../nbs/data/07_labels.ipynb #9630b7c7
 def _noise_by_class(logits: Floats, labels: Labels, spread: float) -> Floats:

@@ -220,6 +220,20 @@ def separate_rows(problems: Sequence[Problem], rows: int, most: float) -> list[P
         return list(problems)
     return [replace(p, severity="quarantine") if p in refusing else p for p in problems]
 
+# %% ../../nbs/data/08_validation.ipynb #454ffa42
+def _unsaid(more: Sequence[Problem], problems: Sequence[Problem]) -> list[Problem]:
+    """Of more findings those about columns that are not refused yet, and those about other bad rows of a column."""
+    refused = [problem for problem in problems if problem.severity == "refuse"]
+    columns, whole = {p.column for p in refused}, {p.column for p in refused if not p.rows}
+    told = {(p.column, place) for p in refused for place in p.rows}
+    return [
+        p
+        for p in more
+        if p.column not in columns
+        or (p.severity == "refuse" and p.column not in whole and p.rows)
+        and not {(p.column, place) for place in p.rows} <= told
+    ]
+
 # %% ../../nbs/data/08_validation.ipynb #aaa44fb8
 def _check_columns(
     frame: pd.DataFrame,
@@ -246,9 +260,8 @@ def _check_columns(
     if not any(problem.column == names["label"] for problem in [*problems, *found]):
         found += check_label_gaps(frame, previous, **names)
     problems = [p for p in problems if p.text != MISSING or p.column not in missing] + found
-    whole = {problem.column for problem in problems if problem.severity == "refuse"}
     more = check_consistency(frame, previous, skip=skip, **names)
-    return problems + [problem for problem in more if problem.column not in whole]
+    return problems + _unsaid(more, problems)
 
 # %% ../../nbs/data/08_validation.ipynb #22cc6dfb
 def _sure_labels(
@@ -265,10 +278,15 @@ def _sure_labels(
 
 # %% ../../nbs/data/08_validation.ipynb #e1fb2a2d
 def _moved(
-    frame: pd.DataFrame, previous: pd.DataFrame, key: str, label: str, skip: Sequence[str]
+    frame: pd.DataFrame,
+    previous: pd.DataFrame,
+    key: str,
+    label: str,
+    skip: Sequence[str],
+    classes: Sequence[str],
 ) -> tuple[DistributionReport, list[Problem]]:
     """How the columns lie beside those before, and a remark for each that moved."""
-    found = compare_distributions(frame, previous, label=label, skip=(key, *skip))
+    found = compare_distributions(frame, previous, label=label, classes=classes, skip=(key, *skip))
     rule = "a distribution like that of the version before"
     remarks = [
         Problem(
@@ -333,7 +351,7 @@ def validate_batch(
         if separate:
             problems = separate_rows(problems, len(frame), limits.maximum_quarantine_share)
     if previous is not None:
-        found, remarks = _moved(rest, previous, key, label, skip)
+        found, remarks = _moved(rest, previous, key, label, skip, classes)
         problems += remarks
     return _verdict(problems, len(frame), previous, labels, notes, found)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..core.digits import told_apart
 from ..data.diff import DataDiff
-from ..data.distribution import compare_distributions
+from ..data.distribution import compare_distributions, too_few_rows
 from ..data.records import DataVersion
 from ..data.stored import StoredVersion
 from ..data.thumbnails import brightness, picture_column, thumbnail
@@ -25,11 +25,12 @@ from ..data.findings import class_name
 from ..recipes.protocol import known_classes
 
 # %% auto #0
-__all__ = ['SHOWN_PICTURES', 'SHOWN_ROWS', 'CHANGE', 'SAMPLED', 'cell_text', 'sample', 'picture_rows', 'column_rows', 'some_rows',
-           'batch_keys', 'diff_tables', 'problem_tables']
+__all__ = ['SHOWN_PICTURES', 'SHOWN_ROWS', 'SHOWN_FEW', 'CHANGE', 'SAMPLED', 'cell_text', 'sample', 'picture_rows', 'column_rows',
+           'some_rows', 'batch_keys', 'few_rows', 'named_labels', 'diff_tables', 'problem_tables']
 
 # %% ../../nbs/pages/10_data_views.ipynb #a28d1685
 SHOWN_PICTURES, SHOWN_ROWS = 24, 10
+SHOWN_FEW = 100  # rows or cells, where few rows differ
 CHANGE = ["key", "column", "before", "after"]  # a changed cell
 
 
@@ -37,15 +38,17 @@ def cell_text(cell: object) -> str:
     """Return a cell in few words."""
     if isinstance(cell, np.ndarray | bytes):
         return f"{cell.size if isinstance(cell, np.ndarray) else len(cell):,} values"
+    if cell is None or cell is pd.NA or bool(cell != cell):
+        return "-"
     if isinstance(cell, float | np.floating):
         return f"{cell:.6g}"
     text = " ".join(str(cell).split())
     return text if len(text) <= 60 else text[:59] + "\u2026"
 
 
-def sample(frame: pd.DataFrame, pictures: str) -> str:
+def sample(frame: pd.DataFrame, pictures: str, most: int = SHOWN_ROWS) -> str:
     """Return the first rows as JSON: columns, and cells as text, changed ones told apart; pictures are shown elsewhere."""
-    shown = frame.drop(columns=pictures, errors="ignore").head(SHOWN_ROWS)
+    shown = frame.drop(columns=pictures, errors="ignore").head(most)
     rows = [[cell_text(cell) for cell in row] for row in shown.itertuples(index=False, name=None)]
     if list(shown.columns) == CHANGE:
         pairs = zip(shown["before"], shown["after"], strict=True)
@@ -111,13 +114,17 @@ def column_rows(
     after: pd.DataFrame,  # what is compared with them
     skip: Sequence[str],
     label: str,
+    classes: Sequence[str] = (),  # the name of each label, where labels are numbers
+    judged: bool = True,  # False: too few rows differ
 ) -> list[tuple[str, int, str, float, int, str, str]]:
     """Return column, rows changed, measure, effect, moved, words and shape (JSON); what is new or gone first, then the largest effect."""
     changed = {**difference.by_column, label: len(difference.relabelled)}
     notes = {name: "new column" for name in difference.columns_added}
     notes |= {name: "column is gone" for name in difference.columns_removed}
     notes |= {name: f"type {old} \u2192 {new}" for name, old, new in difference.retyped}
-    report = compare_distributions(after, before, label=label, skip=skip)
+    report = compare_distributions(
+        after if judged else after[:0], before, label=label, classes=classes, skip=skip
+    )
     found = [
         (
             c.column,
@@ -155,6 +162,27 @@ def batch_keys(difference: DataDiff, key: str) -> list[object]:
     parts = difference.added[key], difference.changed["key"], difference.relabelled["key"]
     return list(dict.fromkeys(each for part in parts for each in part))
 
+# %% ../../nbs/pages/10_data_views.ipynb #ca1efc88
+def few_rows(difference: DataDiff, key: str, *sides: int) -> str:
+    """Return why no distribution is judged; `sides` are the numbers of rows that would be compared."""
+    parts = [getattr(difference, kind)[key] for kind in ("added", "removed")]
+    parts += [difference.changed["key"], difference.relabelled["key"]]
+    touched = len({each for part in parts for each in part})
+    return too_few_rows(min(touched, *sides)) if touched else "no row differs"
+
+
+def named_labels(
+    frame: pd.DataFrame, columns: Sequence[str], classes: Sequence[str]
+) -> pd.DataFrame:
+    """Return the rows with the names of classes in these columns, as far as they are there."""
+    names = [name for name in columns if name in frame and classes]
+    return frame.assign(
+        **{
+            name: frame[name].map(lambda cell: cell if pd.isna(cell) else class_name(cell, classes))
+            for name in names
+        }
+    )
+
 # %% ../../nbs/pages/10_data_views.ipynb #281b52de
 def diff_tables(store: DataStore, before: DataVersion, after: DataVersion) -> Tables:
     """Return the read model of a pair of versions; raises what the store raises."""
@@ -166,13 +194,15 @@ def diff_tables(store: DataStore, before: DataVersion, after: DataVersion) -> Ta
     pictures = picture_rows(difference, *frames, sides[1], classes)
     column, came = picture_column(frames[1]), batch_keys(difference, key)
     batch = some_rows(sides[1], came) if came else frames[1]
+    few = few_rows(difference, key, len(frames[0]), len(batch))
+    most = SHOWN_FEW if few else SHOWN_ROWS
     samples = [
-        (kind, len(frame), sample(frame, column))
-        for kind, frame in (
-            ("added", difference.added),
-            ("removed", difference.removed),
-            ("changed", difference.changed),
-            ("relabelled", difference.relabelled),
+        (kind, len(frame), sample(named_labels(frame, columns, classes), column, most))
+        for kind, frame, columns in (
+            ("added", difference.added, [label]),
+            ("removed", difference.removed, [label]),
+            ("changed", difference.changed, []),
+            ("relabelled", difference.relabelled, ["from", "to"]),
         )
         if len(frame)
     ]
@@ -181,13 +211,13 @@ def diff_tables(store: DataStore, before: DataVersion, after: DataVersion) -> Ta
         {**flow, **{end: class_name(flow[end], classes) for end in ("from", "to")}}
         for flow in summary["labels"]
     ]
-    summary["batch"] = len(came)
+    summary |= {"batch": len(came), "few": few}
     summary["sampled"] = SAMPLED if max(map(len, sides)) > SAMPLED else 0
     return {
         "summary": (("content",), [(json.dumps(summary, default=str),)]),
         "columns": (
             ("name", "changed", "measure", "effect", "moved", "words", "shape"),
-            column_rows(difference, frames[0], batch, (key, *after.order), label),
+            column_rows(difference, frames[0], batch, (key, *after.order), label, classes, not few),
         ),
         "pictures": (("kind", "key", "caption", "address"), pictures),
         "samples": (("kind", "rows", "content"), samples),

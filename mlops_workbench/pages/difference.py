@@ -118,6 +118,7 @@ def columns_html(
     after: str,
     shown: int = 9,
     batch: int = 0,  # rows of `after` that are compared; 0: all
+    few: str = "",  # why no distribution was judged
 ) -> str:
     """Return the columns that moved, drawn; the others folded away, and below a table of changed cells."""
     drawn = [column for column in columns if column["shape"]]
@@ -131,9 +132,10 @@ def columns_html(
             table_html(["column", "what happened"], rows, "", "columns that are not the same")
         )
     later = f"{counted(batch, 'row')} new or changed in {after}" if batch else after
-    legend = f'<p class="mwb-legend"><u></u>{escape(before)} <s></s>{escape(later)}</p>'
+    legend = f'<p class="mwb-legend"><span><u></u>{escape(before)}</span> <span><s></s>{escape(later)}</span></p>'
     said = f"{len(moved)} of {len(drawn)} moved by more than chance explains. The effect is in standard deviations (SD), or the share of rows."
-    parts.append(f"<p>{said if drawn else 'No column can be drawn.'}</p>")
+    nothing = f"{few[:1].upper()}{few[1:]}." if few else "No column can be drawn."
+    parts.append(f"<p>{said if drawn else nothing}</p>")
     rest, moved = moved[shown:] + rest, moved[:shown]
     if moved:
         parts.append(legend + f'<div class="mwb-charts">{"".join(map(column_chart, moved))}</div>')
@@ -183,15 +185,16 @@ def galleries_html(pictures: Sequence[Row], summary: Row) -> str:
     return "".join(parts)
 
 
-def samples_html(samples: Sequence[Row]) -> str:
-    """Return some rows of each kind, folded away."""
+def samples_html(samples: Sequence[Row], shown: bool = False) -> str:
+    """Return some rows of each kind, folded away unless they are all there is to see."""
     parts = []
     for entry in samples:
         content = json.loads(entry["content"])
         rows, title = content["rows"], "cells" if entry["kind"] == "changed" else "rows"
         table = table_html(content["columns"], rows, "", f"{title} {entry['kind']}")
         words = f"{len(rows)} of {entry['rows']:,} {title} {entry['kind']}"
-        parts.append(f"<details><summary>{escape(words)}</summary>{table}</details>")
+        fold = "<details open>" if shown else "<details>"
+        parts.append(f"{fold}<summary>{escape(words)}</summary>{table}</details>")
     return "<h3>Rows</h3>" + "".join(parts) if parts else ""
 
 
@@ -208,14 +211,14 @@ def difference_html(tables: Mapping[str, Sequence[Row]]) -> str:
     if summary["problem"]:
         words = f"These versions cannot be compared: {summary['problem']}"
         return f"<p class='mwb-problem' role='alert'>{escape(words)}</p>"
-    versions = summary["before"], summary["after"]
+    versions, few = (summary["before"], summary["after"]), summary.get("few", "")
     return "".join(
         [
             counts_html(summary),
             galleries_html(tables["pictures"], summary),
             flows_html(summary),
-            columns_html(tables["columns"], *versions, batch=summary.get("batch", 0)),
+            columns_html(tables["columns"], *versions, batch=summary.get("batch", 0), few=few),
             sampled_html(summary),
-            samples_html(tables["samples"]),
+            samples_html(tables["samples"], bool(few)),
         ]
     )

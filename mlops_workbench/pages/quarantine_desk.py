@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from ..core.workspace import Workspace
-from ..data.quarantine import review_list, review_rows
+from ..data.quarantine import acceptable, review_list, review_rows
 from ..data.records import DataVersion
 from ..data.versions import DataStore
 from ..data.thumbnails import brightness, picture_column, thumbnail
@@ -23,8 +23,11 @@ from ..recipes.protocol import known_classes
 # %% auto #0
 __all__ = ['ROW_COLUMNS', 'list_state', 'waiting_row', 'list_rows', 'decide_rows']
 
-# %% ../../nbs/pages/11_quarantine_desk.ipynb #86a89903
-ROW_COLUMNS = ("key", "reason", "label", "likely", "wrong", "batch", "picture", "cells")
+# %% ../../nbs/pages/11_quarantine_desk.ipynb #b2bb8281
+ROW_COLUMNS = (
+    *("key", "reason", "label", "likely", "wrong", "batch", "picture", "cells"),
+    *("unfit", "stays"),  # why nobody can take it in; why it is not among all that can be together
+)
 
 
 def list_state(folder: Path, name: str) -> str:
@@ -33,7 +36,9 @@ def list_state(folder: Path, name: str) -> str:
     return str(rows[0]["digest"]) if rows else ""
 
 
-def waiting_row(row: Mapping[str, Any], column: str, label: str, white: float) -> tuple[Any, ...]:
+def waiting_row(
+    row: Mapping[str, Any], column: str, label: str, white: float, stays: str
+) -> tuple[Any, ...]:
     """Return one row that waits as the page shows it; `column` holds the picture, if there is one."""
     cells = {
         name: cell
@@ -46,6 +51,7 @@ def waiting_row(row: Mapping[str, Any], column: str, label: str, white: float) -
         *(row["probability"], row["batch"]),
         thumbnail(row["values"].get(column), white) if column else "",
         ", ".join(f"{name} {cell_text(cell)}" for name, cell in cells.items()),
+        *(row["unfit"], stays),
     )
 
 # %% ../../nbs/pages/11_quarantine_desk.ipynb #3ecd6b4f
@@ -60,6 +66,7 @@ def list_rows(workspace: Workspace, version: DataVersion) -> int:
         store.latest(name),
     )
     label = base.label if base is not None else ""
+    stays = acceptable(store, name)[1] if base is not None else {}
     rows.sort(key=lambda row: -(row["probability"] or 0.0))
     values = pd.DataFrame([row["values"] for row in rows])
     column = picture_column(values)
@@ -67,7 +74,10 @@ def list_rows(workspace: Workspace, version: DataVersion) -> int:
     state = (version.ref, version.digest)
     tables = {
         "state": (("ref", "digest"), [state]),
-        "rows": (ROW_COLUMNS, [waiting_row(row, column, label, white) for row in rows]),
+        "rows": (
+            ROW_COLUMNS,
+            [waiting_row(row, column, label, white, stays.get(row["id"], "")) for row in rows],
+        ),
     }
     write_model(workspace.read_models / "quarantine" / f"{version.name}.db", tables)
     return 1

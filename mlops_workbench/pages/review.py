@@ -26,13 +26,17 @@ def row_html(row: Row) -> str:
     picture = ""
     if row["picture"]:
         picture = f'<img src="{escape(row["picture"])}" alt="picture {escape(row["key"])}">'
-    label = f"label <strong>{escape(row['label'])}</strong>"
+    label = f"label <strong>{escape(row['label'] or '-')}</strong>"
     if row["likely"] and row["likely"] != row["label"]:
         label += f", likely <strong>{escape(row['likely'])}</strong>"
     if row["wrong"] is not None:
         label += f"; {row['wrong']:.1%} sure that it is wrong"
     reason = f"<p>{escape(row['reason'])}</p>" if row["reason"] else ""
     cells = f'<p class="cells">{escape(row["cells"])}</p>' if row["cells"] else ""
+    if unfit := row.get("unfit"):
+        reason += f"<p>Cannot be taken in: {escape(unfit)}. Deliver it again when it is right, and reject this one.</p>"
+    elif row.get("stays"):
+        reason += f"<p>Not among all that are accepted at once: {escape(row['stays'])}.</p>"
     return f'<div class="mwb-waiting">{picture}<div><b>{escape(row["key"])}</b><p>{label}</p>{reason}{cells}</div></div>'
 
 # %% ../../nbs/pages/15_review.ipynb #961b1405
@@ -52,6 +56,9 @@ class RowChoice(ipywidgets.HBox):  # type: ignore[misc]
     def show(self, row: Row, choice: str) -> None:
         """Show another row with what was chosen for it before."""
         self.key, self.setting = str(row["key"]), True
+        words = [LATER, REJECT] if row.get("unfit") else [LATER, ACCEPT, REJECT]
+        if list(self.radio.options) != words:
+            self.radio.options = words
         self.words.value, self.radio.value = block(row_html(row)), choice
         self.radio.tooltip = f"decision on {self.key}"
         self.setting = False
@@ -92,6 +99,8 @@ class Review(ipywidgets.VBox):  # type: ignore[misc]
         self.rows = rows
         known = {str(row["key"]) for row in rows}
         self.choices = {key: word for key, word in self.choices.items() if key in known}
+        takes = sum(not row.get("stays") for row in rows)
+        self.all[0].description, self.all[0].disabled = f"All: {ACCEPT} ({takes:,})", not takes
         self.turn(0)
 
     def turn(self, steps: int) -> None:
@@ -112,8 +121,9 @@ class Review(ipywidgets.VBox):  # type: ignore[misc]
         self.say()
 
     def choose_all(self, word: str) -> None:
-        """Make one choice for every row that waits."""
-        self.choices = {str(row["key"]): word for row in self.rows}
+        """Make one choice for every row that waits; rows that cannot be accepted together are left."""
+        chosen = [row for row in self.rows if word != ACCEPT or not row.get("stays")]
+        self.choices = {str(row["key"]): word for row in chosen}
         self.turn(0)
 
     def chosen(self, word: str) -> list[str]:

@@ -25,6 +25,8 @@ from ..data.names import with_data_set
 from ..data.records import DataVersion
 from ..data.tags import version_number
 from ..data.versions import DataStore
+from ..release.deployment import CHAMPION
+from ..release.way_back import former_releases
 
 # %% ../../nbs/pipeline/46_data_rollback.ipynb #8105b9af
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def rollback_data(
         True,
         tuple(sorted(withdrawn, key=lambda each: version_number(each.partition("@")[2]))),
         change.decision_id,
-        tuple(_remarks(version, known)),
+        (*_remarks(version, known), *_answering(ledger, withdrawn_versions(workspace))),
     )
 
 # %% ../../nbs/pipeline/46_data_rollback.ipynb #6c45e0d3
@@ -109,6 +111,27 @@ def _remarks(version: DataVersion, withdrawn: Set[str]) -> Iterator[str]:
         yield f"{version.ref} was stored against the checks{': ' if said else ''}{'; '.join(said[:3])}"
     if version.ref in withdrawn:
         yield f"{version.ref} had been taken back before and counts again now"
+
+# %% ../../nbs/pipeline/46_data_rollback.ipynb #5d7cb98c
+def _answering(ledger: Ledger, withdrawn: Set[str]) -> Iterator[str]:
+    """Which releases answer that learned from versions that do not count any more, and what to do about them."""
+    rollout, slot = ledger.open_rollout(), ledger.slot(CHAMPION)
+    if rollout is not None:
+        row = ledger.release(rollout.candidate)
+        if row.data_version in withdrawn:
+            yield f"{row.name} of the rollout learned from {row.data_version}: `mwb release abort` ends it"
+    if slot is None or (row := ledger.release(slot.digest)).data_version not in withdrawn:
+        return
+    said = f"{row.name} serves and learned from {row.data_version}, which does not count any more"
+    former = former_releases(ledger, row.digest)
+    sound = next((each for each in former if each.data_version not in withdrawn), None)
+    if sound is None:
+        yield f"{said}; no former release learned from other data: `mwb run train` makes a new one"
+    else:
+        yield (
+            f"{said}: `mwb rollback --to {sound.name}` gives the traffic back to {sound.name}, and the data with it "
+            f"({sound.data_version})"
+        )
 
 # %% ../../nbs/pipeline/46_data_rollback.ipynb #662f4221
 def _newest(store: DataStore, version: DataVersion) -> str:

@@ -96,6 +96,7 @@ def check_batch(
         features=[feature.name for feature in features.features],
         classes=features.classes,
         needed=needed_columns(stage.recipe),
+        notes=batch.attrs.get("notes", ()),
         skip=[str(features.key)] if stage.parameters.get("log_since") else [],  # ids of requests
     )
     known = 0 if previous is None else len(previous)

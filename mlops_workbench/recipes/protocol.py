@@ -415,11 +415,28 @@ def needed_columns(recipe: Recipe) -> set[str]:
     names = {each.name for each in features.features} | {*recipe.slices, features.label}
     return names | {name for name in (features.key, recipe.time_column) if name}
 
+# %% ../../nbs/recipes/00_protocol.ipynb #21e78268
+def _labels_read(features: FeatureSchema, column: "pd.Series[Any]") -> str:
+    """Which numbers were read as which classes, in words; empty where the classes are called by their names."""
+    found: dict[int, str] = {}
+    for value in pd.unique(column.dropna())[:1000]:
+        with contextlib.suppress(DataError):
+            number = int(label_numbers(features, [value], delivered=True)[0])
+            given = f"{value:g}" if isinstance(value, float) else str(value)
+            if given != features.classes[number]:
+                found[number] = given
+    shown = sorted(found.items())[:6]
+    codes = ", ".join(given for _, given in shown)
+    names = ", ".join(repr(features.classes[number]) for number, _ in shown)
+    more = f", and {len(found) - len(shown)} more so" if len(found) > len(shown) else ""
+    return f"labels {codes} read as {names}{more}" if found else ""
+
 # %% ../../nbs/recipes/00_protocol.ipynb #2197d1c1
 def delivered_rows(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of a delivery in the form of the recipe's table, as far as they fit; nothing is refused here.
 
-    Columns that the recipe ignores are left out. Where the recipe numbers the rows, they get a key from the content of the
+    Columns that the recipe ignores are left out. How numbers in the place of class names were read stands in
+    `attrs["notes"]` of the table. Where the recipe numbers the rows, they get a key from the content of the
     delivery: the same delivery has the same keys, another one has others.
     """
     features = recipe.features
@@ -429,6 +446,8 @@ def delivered_rows(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
     for name, convert in _converters(features).items():
         if name in rows:
             rows[name] = _as_far_as_it_fits(rows[name], convert)
+    if features.label in frame and (read := _labels_read(features, frame[features.label])):
+        rows.attrs["notes"] = [read]
     if getattr(recipe, "numbered", False) and features.key not in rows:
         content = pd.util.hash_pandas_object(rows.astype(str), index=False).to_numpy().tobytes()
         batch = int(hashlib.sha256(content).hexdigest(), 16) % 10**8

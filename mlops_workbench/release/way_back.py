@@ -5,7 +5,7 @@
 # %% ../../nbs/release/02_way_back.ipynb #ea479bfe
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..core.bundle import verify_bundle
@@ -13,7 +13,7 @@ from ..core.errors import BundleError, ConflictError, IntegrityError
 from ..core.ledger import DecisionRow, Ledger, ReleaseRow
 
 # %% auto #0
-__all__ = ['PUT_TO_WORK', 'present_line', 'rollback_target', 'release_before']
+__all__ = ['PUT_TO_WORK', 'present_line', 'former_releases', 'rollback_target', 'release_before']
 
 # %% ../../nbs/release/02_way_back.ipynb #97071c9a
 PUT_TO_WORK = {"deploy": ("deployed", "forced"), "rollout": ("promoted",)}  # kind -> verdicts
@@ -73,7 +73,19 @@ def _named_target(ledger: Ledger, current: str, to: str) -> str:
     verify_bundle(Path(row.path), row.digest)
     return row.digest
 
-# %% ../../nbs/release/02_way_back.ipynb #d7c039cd
+# %% ../../nbs/release/02_way_back.ipynb #4f602fc9
+def former_releases(
+    ledger: Ledger,
+    current: str,  # digest of the release that serves
+) -> Iterator[ReleaseRow]:
+    """Those that a roll-back may lead to, the last one on the line first: not left by a roll-back, barred or refused."""
+    line, left = present_line(_decisions(ledger))
+    for digest in dict.fromkeys(reversed(line)):
+        row = ledger.release(digest)
+        if digest != current and digest not in left and row.status not in ("barred", "refused"):
+            yield row
+
+
 def rollback_target(
     ledger: Ledger,
     current: str,  # digest of the release that serves
@@ -82,18 +94,14 @@ def rollback_target(
     """The digest to go back to: of the named release, or of the last one on the line whose bundle is whole; ConflictError without one."""
     if to is not None:
         return _named_target(ledger, current, to)
-    line, left = present_line(_decisions(ledger))
     damaged: list[str] = []
-    for digest in dict.fromkeys(reversed(line)):
-        row = ledger.release(digest)
-        if digest == current or digest in left or row.status in ("barred", "refused"):
-            continue
+    for row in former_releases(ledger, current):
         try:
-            verify_bundle(Path(row.path), digest)
+            verify_bundle(Path(row.path), row.digest)
         except (IntegrityError, BundleError, OSError) as err:
             damaged.append(f"{row.name} ({err})")
             continue
-        return digest
+        return row.digest
     raise ConflictError(
         f"expected an earlier release to go back to, found none that is whole; damaged: {damaged or 'none'}; "
         "name one with --to, or deploy a new one"
