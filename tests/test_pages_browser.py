@@ -206,7 +206,7 @@ def accept_dialogs(page: Page) -> list[str]:
 def run_cell(page: Page, number: int) -> None:
     """Run a cell of the open notebook; JupyterLab loses what comes before its kernel is ready."""
     cell = page.locator(".jp-CodeCell").nth(number)
-    for _ in range(10):
+    for _ in range(60):  # on a busy machine a kernel takes its time
         cell.locator(".cm-content").click()
         page.keyboard.press("Control+Enter")
         page.wait_for_timeout(1000)
