@@ -113,14 +113,18 @@ def assert_no_sideways_scroll(page: Page) -> None:
     assert cut == []
 
 
+FOCUSED = """wanted => {
+    const at = document.activeElement, style = getComputedStyle(at);
+    return at.matches(wanted) ? [style.outlineStyle, parseFloat(style.outlineWidth)] : null;
+}"""
+
+
 def focus_by_tab(page: Page, wanted: str, presses: int = 40) -> None:
     """Press Tab until an element that matches has the focus, and look whether one sees it."""
     for _ in range(presses):
         page.keyboard.press("Tab")
-        if page.evaluate("wanted => document.activeElement.matches(wanted)", wanted):
-            shown = page.evaluate(
-                "() => { const s = getComputedStyle(document.activeElement); return [s.outlineStyle, parseFloat(s.outlineWidth)]; }"
-            )
+        shown = page.evaluate(FOCUSED, wanted)  # at once: the page may be drawn anew meanwhile
+        if shown is not None:
             assert shown[0] == "solid" and shown[1] >= 2, shown
             return
     raise AssertionError(f"Tab never reached {wanted}")
@@ -339,7 +343,13 @@ def data_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Work
 DATA_TEXTS = [".mwb h1", ".mwb h2", ".mwb h3", ".mwb-version b", ".mwb-version p", ".mwb-mark"]
 DATA_TEXTS += [".mwb-version code", ".mwb-tile b", ".mwb-tile small", ".mwb-tile span", ".mwb td"]
 DATA_TEXTS += [".mwb-thumb figcaption", ".mwb-chart span", ".mwb-chart p.words", ".mwb-chart b"]
-DATA_TEXTS += [".mwb-bars span", ".mwb-bars em", ".mwb-legend", ".mwb-waiting p", ".mwb summary"]
+DATA_TEXTS += [
+    ".mwb-bars span",
+    ".mwb-bars em",
+    ".mwb-legend span",
+    ".mwb-waiting p",
+    ".mwb summary",
+]
 DATA_TEXTS += [".mwb-choice label", ".jupyter-button", ".mwb-command", ".mwb-state", "select"]
 
 
